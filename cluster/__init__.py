@@ -1,0 +1,1 @@
+"""Cluster room: the only one that knows Ray and all rooms."""

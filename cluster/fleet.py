@@ -1,0 +1,144 @@
+"""Interchangeable workers: the least loaded one gets the next call; one that dies is replaced and its calls retried.
+
+Who waits for whom: `run` waits for a living worker and then for its answer; `everywhere` waits for all workers. A
+worker that dies while it answers is replaced once, by whichever call noticed first; the others wait for the new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Generic, Protocol, TypeVar
+
+Answer = TypeVar("Answer")
+
+
+class Worker(Protocol):
+    """A living worker: how it is called lies with the caller of the fleet."""
+
+    async def close(self) -> None:
+        """End the worker in good order. Never raises for one that is dead."""
+
+    def end(self) -> None:
+        """End the worker's process at once. Never raises for one that is dead."""
+
+
+W = TypeVar("W", bound=Worker)
+
+
+class FleetError(RuntimeError):
+    """Workers keep dying. One line that names the fleet and the last cause."""
+
+
+class _Seat(Generic[W]):
+    """One place of the fleet; its worker changes when it dies."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.worker: W | None = None
+        self.load = 0
+        self.ready = asyncio.Event()
+
+
+class Fleet(Generic[W]):
+    """`size` workers made by `spawn(seat number)`, which returns a started worker or raises."""
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        spawn: Callable[[int], Awaitable[W]],
+        is_death: Callable[[BaseException], bool],
+        max_replacements: int = 3,
+    ) -> None:
+        self._name = name
+        self._spawn = spawn
+        self._is_death = is_death
+        self._replacements_left = max_replacements * size
+        self._seats: list[_Seat[W]] = [_Seat(number) for number in range(size)]
+        self._changed = asyncio.Condition()
+        self.replaced = 0
+
+    @property
+    def size(self) -> int:
+        return len(self._seats)
+
+    async def start(self) -> None:
+        """Start all workers at once. Raises what `spawn` raises."""
+        await asyncio.gather(*(self._fill(seat) for seat in self._seats))
+
+    async def run(self, call: Callable[[W], Awaitable[Answer]]) -> Answer:
+        """The answer of the least loaded worker. A dead worker's call is made again on another one."""
+        while True:
+            seat = await self._take_seat()
+            worker = seat.worker
+            assert worker is not None
+            try:
+                return await call(worker)
+            except Exception as error:
+                if not self._is_death(error):
+                    raise
+                await self._replace(seat, worker, error)
+            finally:
+                await self._leave(seat)
+
+    async def everywhere(self, call: Callable[[W], Awaitable[Answer]]) -> list[Answer]:
+        """The answers of all workers, by seat. A worker that dies is replaced and asked again."""
+
+        async def at(seat: _Seat[W]) -> Answer:
+            while True:
+                await seat.ready.wait()
+                worker = seat.worker
+                assert worker is not None
+                try:
+                    return await call(worker)
+                except Exception as error:
+                    if not self._is_death(error):
+                        raise
+                    await self._replace(seat, worker, error)
+
+        return list(await asyncio.gather(*(at(seat) for seat in self._seats)))
+
+    async def close(self) -> None:
+        """End every worker."""
+        workers = [seat.worker for seat in self._seats if seat.worker is not None]
+        for seat in self._seats:
+            seat.ready.clear()
+            seat.worker = None
+        await asyncio.gather(*(worker.close() for worker in workers))
+
+    async def _take_seat(self) -> _Seat[W]:
+        async with self._changed:
+            await self._changed.wait_for(lambda: any(seat.ready.is_set() for seat in self._seats))
+            seat = min((seat for seat in self._seats if seat.ready.is_set()), key=lambda seat: seat.load)
+            seat.load += 1
+            return seat
+
+    async def _leave(self, seat: _Seat[W]) -> None:
+        async with self._changed:
+            seat.load -= 1
+            self._changed.notify_all()
+
+    async def _fill(self, seat: _Seat[W]) -> None:
+        seat.worker = await self._spawn(seat.number)
+        seat.ready.set()
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _replace(self, seat: _Seat[W], dead: W, cause: BaseException) -> None:
+        if seat.worker is not dead:  # somebody else noticed first
+            await seat.ready.wait()
+            return
+        if self._replacements_left == 0:
+            raise FleetError(f"{self._name} workers keep dying, the last one of: {_line(cause)}") from cause
+        self._replacements_left -= 1
+        self.replaced += 1
+        seat.ready.clear()
+        seat.worker = None
+        dead.end()
+        await self._fill(seat)
+
+
+def _line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"

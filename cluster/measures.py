@@ -1,0 +1,122 @@
+"""Numbers of one step or one evaluation, computed from records. Pure; names and meanings are in docs/metrics.md.
+
+A number that could not be measured because no row was trained is NaN here; KL is left out where it was not asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from configs.schema import ObjectiveConfig
+from learner.objectives import grao
+from learner.types import RankReport, Row, RowResult
+from reward.types import ScoredGroup
+
+
+def rewards(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Distribution of the samples' total rewards, the reference's mean, and the means of each reward."""
+    values = np.array([reward for group in groups for reward in group.rewards])
+    low, middle, high = (float(value) for value in np.quantile(values, (0.25, 0.5, 0.75)))
+    measured = {
+        "reward/mean": float(values.mean()),
+        "reward/std": float(values.std()),
+        "reward/q25": low,
+        "reward/q50": middle,
+        "reward/q75": high,
+        "reward/reference_mean": mean(group.reference_reward for group in groups),
+    }
+    for name in groups[0].breakdown:
+        parts = [group.breakdown[name] for group in groups]
+        measured[f"reward/{name}/mean"] = mean(value for part in parts for value in part.samples)
+        measured[f"reward/{name}/reference_mean"] = mean(part.reference for part in parts)
+    return measured
+
+
+def against_reference(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Shares of samples whose reward is above, equal to and below that of their reference answer."""
+    pairs = [(reward, group.reference_reward) for group in groups for reward in group.rewards]
+    # Equal on paper is a tie, as in learner/objectives/grao.py: weighted sums differ by rounding.
+    tie = [math.isclose(reward, other, rel_tol=1e-9, abs_tol=1e-12) for reward, other in pairs]
+    return {
+        "reference/win": mean(reward > other and not same for (reward, other), same in zip(pairs, tie, strict=True)),
+        "reference/tie": mean(tie),
+        "reference/loss": mean(reward < other and not same for (reward, other), same in zip(pairs, tie, strict=True)),
+    }
+
+
+def lengths(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Tokens of prompts, samples and references; share of samples cut at the limit."""
+    samples = [sample for group in groups for sample in group.group.samples]
+    tokens = [len(sample.token_ids) for sample in samples]
+    return {
+        "length/mean": mean(tokens),
+        "length/max": float(max(tokens)),
+        "length/truncated": mean(sample.finish == "length" for sample in samples),
+        "length/prompt_mean": mean(len(group.group.prompt.token_ids) for group in groups),
+        "length/reference_mean": mean(len(group.group.prompt.reference_ids) for group in groups),
+    }
+
+
+def staleness(groups: Sequence[ScoredGroup], version: int) -> dict[str, float]:
+    """Updates between a sample's first token and the version that the step starts from."""
+    samples = [sample for group in groups for sample in group.group.samples]
+    ages = [version - sample.first_version for sample in samples]
+    return {
+        "staleness/mean": mean(ages),
+        "staleness/max": float(max(ages)),
+        "staleness/mixed": mean(sample.last_version > sample.first_version for sample in samples),
+    }
+
+
+def advantages(groups: Sequence[ScoredGroup], objective: ObjectiveConfig) -> dict[str, float]:
+    """The objective's own summary, under the names of the files."""
+    found = grao.summary(groups, objective)
+    return {
+        "advantage/abs_mean": found["advantage_abs_mean"],
+        "advantage/reference_mean": found["advantage_reference_mean"],
+        "group/without_signal": found["groups_without_signal"],
+    }
+
+
+def forward(rows: Sequence[Row], results: Mapping[int, RowResult]) -> dict[str, float]:
+    """What the learner's forward pass says of the trained rows, before the update."""
+    samples = [(row, results[index]) for index, row in enumerate(rows) if row.kind == "sample"]
+    references = [results[index] for index, row in enumerate(rows) if row.kind == "reference"]
+    tokens = sum(len(row.token_ids) for row, _ in samples)
+    kl = [result.kl_sum for _, result in samples]
+    asked = {} if all(map(math.isnan, kl)) else {"kl/mean": _ratio(sum(kl), tokens)}
+    return {
+        "logprob/sample_mean": mean(result.mean_logprob for _, result in samples),
+        "logprob/reference_mean": mean(result.mean_logprob for result in references),
+        "gap/mean": _ratio(sum(result.gap_sum for _, result in samples), tokens),
+        "gap/max": max((result.gap_max for _, result in samples), default=math.nan),
+        "entropy/mean": _ratio(sum(result.entropy_sum for _, result in samples), tokens),
+        **asked,
+    }
+
+
+def work(groups: Sequence[ScoredGroup], reports: Sequence[RankReport]) -> dict[str, float]:
+    """Tokens generated and computed, and how evenly the ranks share them."""
+    unique = [report.unique_tokens for report in reports]
+    nominal = sum(report.nominal_tokens for report in reports)
+    return {
+        "tokens/generated": float(sum(len(sample.token_ids) for group in groups for sample in group.group.samples)),
+        "tokens/unique": float(sum(unique)),
+        "tokens/nominal": float(nominal),
+        "tokens/shared": _ratio(nominal, sum(unique)),
+        "tokens/imbalance": _ratio(max(unique), mean(unique)),
+        "micro_batches": float(max(report.micro_batches for report in reports)),
+    }
+
+
+def mean(values: Iterable[float]) -> float:
+    """The arithmetic mean; NaN of nothing."""
+    kept = list(values)
+    return _ratio(math.fsum(kept), len(kept))
+
+
+def _ratio(value: float, count: float) -> float:
+    return value / count if count else math.nan

@@ -1,0 +1,97 @@
+"""What a run needs of a cluster, and whether the cluster has it. Pure: no Ray here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from configs.schema import Config
+
+REWARD_CPUS = 0.0
+"""Reward workers wait far more than they compute: they reserve nothing and take no core from anyone."""
+
+
+class PlanError(ValueError):
+    """The cluster cannot hold the run. One line that names the field and the fix."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """What one worker reserves on one node."""
+
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What every worker of a run reserves."""
+
+    rollout: Bundle
+    rollout_workers: int
+    rank: Bundle
+    ranks: int
+    reward: Bundle
+    reward_workers: int
+
+    @property
+    def cpus(self) -> float:
+        return sum(count * bundle.cpus for count, bundle in self._all())
+
+    @property
+    def gpus(self) -> float:
+        return sum(count * bundle.gpus for count, bundle in self._all())
+
+    def _all(self) -> tuple[tuple[int, Bundle], ...]:
+        return (
+            (self.rollout_workers, self.rollout),
+            (self.ranks, self.rank),
+            (self.reward_workers, self.reward),
+        )
+
+
+def plan(config: Config) -> Plan:
+    """The reservations of a config."""
+    on_gpu = config.cluster.device == "gpu"
+    # two workers on one GPU each reserve half of it, so that Ray puts nobody else there
+    share = 0.5 if config.cluster.colocate else 1.0
+    engine_gpus = share * config.rollout.tensor_parallel if on_gpu else 0.0
+    engine_cpus = config.rollout.cpus_per_worker * (1 if on_gpu else config.rollout.tensor_parallel)
+    return Plan(
+        rollout=Bundle(cpus=engine_cpus, gpus=engine_gpus),
+        rollout_workers=config.rollout.workers,
+        rank=Bundle(cpus=config.learner.cpus_per_rank, gpus=share if on_gpu else 0.0),
+        ranks=config.learner.ranks,
+        reward=Bundle(cpus=REWARD_CPUS, gpus=0.0),
+        reward_workers=config.reward.workers,
+    )
+
+
+def check(plan: Plan, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Refuse a plan that the nodes (resources by name, e.g. {'CPU': 8, 'GPU': 4}) can never hold.
+
+    Raises PlanError.
+    """
+    for resource, need, unit in (("GPU", plan.gpus, "gpus"), ("CPU", plan.cpus, "cpus")):
+        have = sum(node.get(resource, 0.0) for node in nodes)
+        if need > have + 1e-6:
+            raise PlanError(_too_little(plan, resource, need, have))
+        largest = max((node.get(resource, 0.0) for node in nodes), default=0.0)
+        engine = plan.rollout.gpus if unit == "gpus" else plan.rollout.cpus
+        if engine > largest + 1e-6:
+            raise PlanError(
+                f"rollout.tensor_parallel: one engine needs {engine:g} {resource}s on one node, the largest node has"
+                f" {largest:g}; lower it"
+            )
+
+
+def _too_little(plan: Plan, resource: str, need: float, have: float) -> str:
+    gpu = resource == "GPU"
+    engine, rank = (plan.rollout.gpus, plan.rank.gpus) if gpu else (plan.rollout.cpus, plan.rank.cpus)
+    fix = "lower rollout.workers or learner.ranks"
+    fix += ", or set cluster.device: cpu" if gpu and not have else ""
+    fix += "" if gpu else ", or rollout.cpus_per_worker and learner.cpus_per_rank"
+    return (
+        f"the run needs {need:g} {resource}s (rollout.workers {plan.rollout_workers} x {engine:g}"
+        f" + learner.ranks {plan.ranks} x {rank:g}), the cluster has {have:g}; {fix}"
+    )

@@ -1,0 +1,123 @@
+"""What a person sees while a run goes on and when it ends: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from cluster.run_folder import RunFolder
+from learner.types import StepReport
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+class Report:
+    """The console of one run. Use as a context manager."""
+
+    def __init__(self, steps: int, start: int, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
+        self._steps = steps
+        self._rewards: list[float] = []
+        self._heldout: list[tuple[int, float]] = []
+        self._began = time.monotonic()
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("starting", total=steps, completed=start)
+
+    def __enter__(self) -> Report:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def recall(self, steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> None:
+        """Take in what a resumed run did before, as its files have it."""
+        self._rewards = [record["metrics"]["reward/mean"] for record in steps]
+        self._heldout = [(record["step"], record["metrics"]["reward/mean"]) for record in evaluations]
+
+    def phase(self, text: str) -> None:
+        """Say what the run is doing before its first step, or after its last."""
+        self._progress.update(self._task, description=text)
+        self._line(f"{self._elapsed()}  {text}")
+
+    def note(self, text: str) -> None:
+        """One line that stays."""
+        self._line(text)
+
+    def step(self, report: StepReport) -> None:
+        """One update."""
+        reward, gap = report.metrics["reward/mean"], report.metrics["gap/mean"]
+        self._rewards.append(reward)
+        self._progress.update(self._task, completed=report.step, description=f"reward {reward:.3f}")
+        shares = " ".join(f"{name[:4]} {share:.0%}" for name, share in report.shares.items())
+        total = sum(value for phase, value in report.seconds.items() if phase in ("wait", "train", "sync", "evaluate"))
+        self._line(
+            f"{self._elapsed()}  step {report.step:>4}/{self._steps}  reward {reward:6.3f}"
+            f"  reference {report.metrics['reward/reference_mean']:6.3f}  terms {shares}"
+            f"  grad {report.grad_norm:8.3g}  gap {gap:.1e}  {total:5.1f} s"
+        )
+
+    def evaluation(self, step: int, reward: float) -> None:
+        """One evaluation on held-out prompts."""
+        self._heldout.append((step, reward))
+        self._line(f"{self._elapsed()}  held-out reward after step {step}: {reward:.3f}")
+
+    def end(self, folder: RunFolder, checkpoint: str) -> None:
+        """The last word of a run that reached its end: results, files, what to do next."""
+        self._progress.stop()
+        table = Table(show_header=False, box=None, padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        if self._heldout:
+            (_, before), (_, after) = self._heldout[0], self._heldout[-1]
+            table.add_row("held-out reward before", f"{before:.3f}  (step {self._heldout[0][0]})")
+            table.add_row("held-out reward after", f"{after:.3f}  (step {self._heldout[-1][0]}, {after - before:+.3f})")
+        if self._rewards:
+            curve = f"{curve_of(self._rewards)}  {self._rewards[0]:.3f} to {self._rewards[-1]:.3f}"
+            table.add_row("training reward by step", curve)
+        table.add_row("exported model", os.path.relpath(folder.model))
+        table.add_row("checkpoint", os.path.relpath(checkpoint))
+        table.add_row("samples", os.path.relpath(folder.samples))
+        table.add_row(
+            "metrics", f"{os.path.relpath(folder.steps)}; tensorboard --logdir {os.path.relpath(folder.tensorboard)}"
+        )
+        table.add_row("went on for", f"{time.monotonic() - self._began:.0f} s")
+        command = f"{os.path.relpath(sys.executable)} -m cluster.main resume {os.path.relpath(folder.path)}"
+        table.add_row("train further", f"{command} learner.steps={2 * self._steps}")
+        self._console.print(table)
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def _elapsed(self) -> str:
+        seconds = int(time.monotonic() - self._began)
+        return f"{seconds // 60:3d}:{seconds % 60:02d}"
+
+
+def curve_of(values: Sequence[float], width: int = 40) -> str:
+    """The values as one line of blocks, averaged to at most `width` of them."""
+    count = min(width, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, high = min(means), max(means)
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)

@@ -1,0 +1,207 @@
+"""Everything that one run holds, opened in order and closed in reverse whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import statistics
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from cluster.checkpoints import Checkpoints
+from cluster.fleet import Fleet
+from cluster.learner_group import LearnerGroup
+from cluster.metrics import MetricsWriter, step_report
+from cluster.placement import Cluster, RemoteReward, RemoteRollout, is_death
+from cluster.queue import TicketQueue
+from cluster.report import Report
+from cluster.run_folder import RunFolder
+from cluster.run_state import RunState
+from cluster.signals import cancel_on_signals
+from cluster.transport import connect
+from configs.schema import Config
+from learner.types import RankReport
+from reward.types import ScoredGroup
+from rollout.prompts import PromptOrder, PromptSet
+from rollout.types import Group, Parameters, Prompt, Sampling
+
+
+class RunError(RuntimeError):
+    """A run cannot go on. One line that names the cause and the fix."""
+
+
+class Rollouts:
+    """All rollout workers. A replaced worker gets the current parameters before its first prompt."""
+
+    def __init__(self, cluster: Cluster, config: Config) -> None:
+        self._cluster = cluster
+        self._settings = config.rollout
+        self._transport = config.learner.transport
+        self._current: Parameters | None = None
+        self.fleet: Fleet[RemoteRollout] = Fleet("rollout", config.rollout.workers, self._spawn, is_death)
+
+    async def generate(self, prompt: Prompt, sampling: Sampling) -> Group:
+        """One group. Raises RunError where it takes longer than rollout.group_timeout_s."""
+        limit = self._settings.group_timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                return await self.fleet.run(lambda worker: worker.generate(prompt, sampling))
+        except TimeoutError as error:
+            raise RunError(
+                f"prompt '{prompt.id}': no answer within rollout.group_timeout_s ({limit:g} s); raise it or lower"
+                " rollout.max_new_tokens"
+            ) from error
+
+    async def load(self, parameters: Parameters) -> dict[str, float]:
+        """Make parameters live in every worker; the slowest worker's seconds by phase."""
+        self._current = parameters
+        seconds = await self.fleet.everywhere(lambda worker: worker.load(parameters))
+        return {phase: max(each[phase] for each in seconds) for phase in seconds[0]}
+
+    async def _spawn(self, number: int) -> RemoteRollout:
+        worker = self._cluster.rollout(number)
+        limit = self._settings.start_timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                await worker.start()
+        except TimeoutError as error:
+            worker.end()
+            raise RunError(
+                f"rollout worker {number} did not start within rollout.start_timeout_s ({limit:g} s)"
+            ) from error
+        if self._current is not None:
+            if self._transport != "shared_memory":
+                raise RunError(
+                    f"rollout worker {number} died, and learner.transport '{self._transport}' cannot take a new one"
+                    " into its group; go on with `grao resume`"
+                )
+            await worker.load(self._current)
+        return worker
+
+
+class Rewards:
+    """All reward workers."""
+
+    def __init__(self, cluster: Cluster, config: Config) -> None:
+        self._cluster = cluster
+        self.fleet: Fleet[RemoteReward] = Fleet("reward", config.reward.workers, self._spawn, is_death)
+
+    async def score(self, group: Group) -> ScoredGroup:
+        return await self.fleet.run(lambda worker: worker.score(group))
+
+    async def counts(self) -> dict[str, float]:
+        """Failed tries and undecided answers of all living workers since they started, by metric name."""
+        found = await self.fleet.everywhere(lambda worker: worker.counts())
+        return {f"reward_calls/{name}": float(sum(one[name] for one in found)) for name in ("retries", "undecided")}
+
+    async def _spawn(self, number: int) -> RemoteReward:
+        worker = self._cluster.reward(number)
+        await worker.start()
+        return worker
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """The parts of a living run."""
+
+    config: Config
+    folder: RunFolder
+    checkpoints: Checkpoints
+    prompts: PromptSet
+    order: PromptOrder
+    state: RunState
+    """Where training starts."""
+    queue: TicketQueue
+    rollouts: Rollouts
+    rewards: Rewards
+    learner: LearnerGroup
+    metrics: MetricsWriter
+    report: Report
+    _sync_seconds: dict[str, float] = field(default_factory=dict)
+
+    async def make_live(self, version: int) -> None:
+        """Publish the learner's parameters as `version` and load them in every rollout worker."""
+        parameters = await self.learner.publish(version)
+        async with asyncio.TaskGroup() as both:  # a collective transport needs both ends at the same time
+            both.create_task(self.learner.send(parameters))
+            loading = both.create_task(self.rollouts.load(parameters))
+        self._sync_seconds = loading.result()
+
+    def is_due(self, every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
+
+    async def log_step(
+        self, step: int, groups: Sequence[ScoredGroup], reports: Sequence[RankReport], seconds: Mapping[str, float]
+    ) -> None:
+        """Record one update everywhere it is shown."""
+        phases = {**seconds, **{f"sync_{phase}": value for phase, value in self._sync_seconds.items()}}
+        report = step_report(step, groups, reports, self.config.objective, phases)
+        report = replace(report, metrics={**report.metrics, **await self.rewards.counts()})
+        self.metrics.step(report)
+        if self.config.run.write_samples:
+            self.metrics.samples(step, groups, self.config.objective)
+        self.report.step(report)
+
+    def log_evaluation(self, step: int, groups: Sequence[ScoredGroup]) -> None:
+        """Record one evaluation everywhere it is shown."""
+        self.metrics.evaluation(step, groups)
+        self.report.evaluation(step, statistics.fmean(group.rewards[0] for group in groups))
+
+
+@contextlib.asynccontextmanager
+async def open_run(
+    config: Config, folder: RunFolder, checkpoints: Checkpoints, prompts: PromptSet, state: RunState, report: Report
+) -> AsyncIterator[Run]:
+    """Start Ray, engines, rewards and ranks, restore the learner; end all of them on the way out."""
+    async with contextlib.AsyncExitStack() as stack:
+        report.phase("starting Ray")
+        cluster = await stack.enter_async_context(Cluster(config))
+        cancel_on_signals()
+        rollouts, rewards = Rollouts(cluster, config), Rewards(cluster, config)
+        learner = LearnerGroup(cluster.rank, config.learner.ranks, secrets.token_hex(16), config.learner.step_timeout_s)
+        stack.push_async_callback(_close, rollouts, rewards, learner)
+        report.phase(f"starting {_count(config)} ({cluster.describe()})")
+        async with asyncio.TaskGroup() as starting:
+            starting.create_task(rollouts.fleet.start())
+            starting.create_task(rewards.fleet.start())
+            starting.create_task(_start_learner(learner, cluster.nodes == 1, checkpoints, state))
+        await connect(config, rollouts.fleet, learner)
+        metrics = MetricsWriter(folder)
+        stack.callback(metrics.close)
+        position = state.position
+        yield Run(
+            config=config,
+            folder=folder,
+            checkpoints=checkpoints,
+            prompts=prompts,
+            order=PromptOrder(len(prompts.train), config.run.seed, config.data.shuffle),
+            state=state,
+            queue=TicketQueue(
+                config.learner.groups_per_step, config.rollout.max_staleness, position.oldest, position.ahead
+            ),
+            rollouts=rollouts,
+            rewards=rewards,
+            learner=learner,
+            metrics=metrics,
+            report=report,
+        )
+
+
+async def _start_learner(learner: LearnerGroup, one_node: bool, checkpoints: Checkpoints, state: RunState) -> None:
+    await learner.start(one_node)
+    if state.step:
+        await learner.load(str(checkpoints.path_of(state.step)))
+
+
+async def _close(rollouts: Rollouts, rewards: Rewards, learner: LearnerGroup) -> None:
+    await asyncio.gather(rollouts.fleet.close(), rewards.fleet.close(), learner.close())
+
+
+def _count(config: Config) -> str:
+    counts = (
+        (config.rollout.workers, "rollout worker"),
+        (config.reward.workers, "reward worker"),
+        (config.learner.ranks, "learner rank"),
+    )
+    return ", ".join(f"{count} {what}{'s' if count > 1 else ''}" for count, what in counts)

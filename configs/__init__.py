@@ -1,0 +1,1 @@
+"""Configs room: the schema of a run and complete example configs."""

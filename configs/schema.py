@@ -1,0 +1,305 @@
+"""Every setting of a run: frozen, unknown keys refused, each field with its meaning and bounds.
+
+Derived values are properties; nothing rewrites a config at run time. Loads no other room and no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True)
+
+
+class ModelConfig(Section):
+    path: str = Field(min_length=1)
+    """Folder of a Hugging Face model (config.json, safetensors, tokenizer), or a hub name."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model. Off unless you trust its author."""
+
+
+class DataConfig(Section):
+    train: str = Field(min_length=1)
+    """File (.jsonl, .jsonl.gz, .parquet) or folder of such files, saved data set folder, hub name
+    ('owner/name[/folder][:config]'), or 'reasoning_gym:<generator>'."""
+    heldout: str | None = None
+    """The same for held-out prompts; null takes the last `heldout_rows` rows of `train` out of training."""
+    split: str = "train"
+    """Split of a hub data set for training."""
+    heldout_split: str = "test"
+    """Split of a hub data set for held-out prompts."""
+    layout: Literal["auto", "dialogue", "preference", "question_answer", "messages", "reasoning_gym"] = "auto"
+    """How a row becomes a prompt and a reference; 'auto' decides by the columns of the first row."""
+    generator: dict[str, Any] = Field(default_factory=dict)
+    """Options of the reasoning-gym generator, e.g. {min_digits: 1}."""
+    system: str | None = None
+    """System message put before every prompt."""
+    train_rows: int | None = Field(default=None, ge=1)
+    """Use at most this many rows for training."""
+    heldout_rows: int = Field(default=64, ge=0)
+    """Prompts that are only evaluated, never trained on."""
+    max_prompt_tokens: int = Field(default=1024, ge=1)
+    """A longer prompt is a bad row."""
+    max_reference_tokens: int = Field(default=1024, ge=1)
+    """A longer reference answer (EOS included) is a bad row."""
+    bad_rows: Literal["skip", "refuse"] = "skip"
+    """'skip' counts and names bad rows; 'refuse' stops before any worker starts."""
+    shuffle: bool = True
+    """Seeded order, new for every pass over the data."""
+
+
+class RolloutConfig(Section):
+    workers: int = Field(default=1, ge=1)
+    """Number of vLLM engines."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Devices per engine (GPU: GPUs; CPU: processes)."""
+    samples_per_prompt: int = Field(default=8, ge=2)
+    """G, the samples in a group."""
+    temperature: float = Field(default=0.7, gt=0, le=2)
+    """Sampling temperature in training."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling; below 1 the rollout's log-probabilities are of the truncated distribution."""
+    max_new_tokens: int = Field(default=1024, ge=1)
+    """Longest sample."""
+    stop: tuple[str, ...] = ()
+    """Stop strings beside the model's EOS tokens."""
+    max_staleness: int = Field(default=0, ge=0, le=8)
+    """Updates that may happen between sampling a group and training on it; 0 is synchronous."""
+    dtype: Dtype = "bfloat16"
+    """Type of the engine's parameters and of the parameters on the wire."""
+    max_concurrent: int = Field(default=64, ge=1)
+    """Sequences decoded together by one engine."""
+    kv_cache_gib: float = Field(default=1.0, gt=0)
+    """Key-value cache of one CPU engine, in GiB."""
+    gpu_memory_utilization: float = Field(default=0.85, gt=0, lt=1)
+    """Share of GPU memory one engine takes."""
+    cpus_per_worker: float = Field(default=1, gt=0)
+    """CPUs Ray reserves for one engine; on CPU also its threads (at least one)."""
+    start_timeout_s: float = Field(default=600, gt=0)
+    """Longest time for an engine to come up."""
+    group_timeout_s: float = Field(default=1800, gt=0)
+    """Longest time for one group; then the run stops with an error that names the prompt."""
+
+
+class RewardBase(Section):
+    name: str = Field(default="", max_length=40)
+    """Name in logs; the kind where empty."""
+    weight: float = 1.0
+    """Factor in the total."""
+
+    @property
+    def label(self) -> str:
+        return self.name or getattr(self, "kind")  # noqa: B009 - every subclass has a kind
+
+
+class ExactReward(RewardBase):
+    """1 if the answer equals the reference after trimming white space (and case, where asked), else 0."""
+
+    kind: Literal["exact"]
+    ignore_case: bool = False
+
+
+class NumericReward(RewardBase):
+    """1 if the answer's last number or formula equals the reference's, by math-verify, else 0."""
+
+    kind: Literal["numeric"]
+
+
+class RegexReward(RewardBase):
+    """1 if the pattern is found in the answer (re.search, DOTALL), else 0."""
+
+    kind: Literal["regex"]
+    pattern: str
+
+
+class LengthReward(RewardBase):
+    """1 for min_chars to max_chars characters; falls linearly to 0 over `slope` characters outside."""
+
+    kind: Literal["length"]
+    min_chars: int = Field(default=0, ge=0)
+    max_chars: int = Field(default=1000, ge=1)
+    slope: int = Field(default=100, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LengthReward:
+        if self.min_chars > self.max_chars:
+            raise ValueError("min_chars is above max_chars; swap them")
+        return self
+
+
+class ReasoningGymReward(RewardBase):
+    """The verifier of the reasoning-gym generator that made the row, in [0, 1]."""
+
+    kind: Literal["reasoning_gym"]
+
+
+class FunctionReward(RewardBase):
+    """A function of yours, 'package.module:function'; see docs/rewards.md."""
+
+    kind: Literal["function"]
+    path: str = Field(pattern=r"^[\w.]+:[A-Za-z_]\w*$")
+    options: dict[str, Any] = Field(default_factory=dict)
+    """The function finds them as `call.options`."""
+
+
+AnyReward = Annotated[
+    ExactReward | NumericReward | RegexReward | LengthReward | ReasoningGymReward | FunctionReward,
+    Field(discriminator="kind"),
+]
+
+
+class RewardConfig(Section):
+    rewards: tuple[AnyReward, ...] = Field(min_length=1)
+    """Summed with their weights."""
+    workers: int = Field(default=1, ge=1)
+    """Number of reward workers."""
+    timeout_s: float = Field(default=60, gt=0)
+    """Longest time of one call of one reward."""
+    retries: int = Field(default=2, ge=0)
+    """Further tries after a failed call, with back-off; then the run stops with an error that names the reward."""
+    max_concurrent: int = Field(default=64, ge=1)
+    """Calls in flight in one worker."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> RewardConfig:
+        labels = [reward.label for reward in self.rewards]
+        double = next((label for label in labels if labels.count(label) > 1), None)
+        if double is not None:
+            raise ValueError(f"two rewards are called '{double}'; give each its own 'name'")
+        return self
+
+
+class ObjectiveConfig(Section):
+    """GRAO's coefficients; see learner/objectives/grao.py for the formula."""
+
+    alpha: float = Field(default=1.0, ge=0)
+    """Weight of the exploration term."""
+    beta: float = Field(default=0.5, ge=0)
+    """Weight of the imitation term."""
+    lambda_: float = Field(default=0.6, ge=0, alias="lambda")
+    """Weight of the alignment regulariser."""
+    advantage_group: Literal["samples_and_reference", "samples"] = "samples_and_reference"
+    """Over which rewards mean and std are taken: the G samples and the reference, or the G samples alone."""
+    temperature: Literal["rollout", "one"] = "rollout"
+    """Whose log-probabilities enter J: the sampled distribution's, as the policy gradient needs, or temperature 1."""
+
+    @model_validator(mode="after")
+    def _some_term(self) -> ObjectiveConfig:
+        if self.alpha == self.beta == self.lambda_ == 0:
+            raise ValueError("alpha, beta and lambda are all 0, so nothing would be learned; raise one")
+        return self
+
+
+class LearnerConfig(Section):
+    ranks: int = Field(default=1, ge=1)
+    """ZeRO-3 ranks over which parameters, gradients and optimizer state are divided."""
+    steps: int = Field(default=100, ge=1)
+    """Updates of the run."""
+    groups_per_step: int = Field(default=8, ge=1)
+    """Groups (prompts) in one update."""
+    dtype: Dtype = "bfloat16"
+    """Type of forward and backward; the optimizer's state and master parameters are float32."""
+    learning_rate: float = Field(default=1e-6, gt=0)
+    """Peak of the schedule."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's decoupled weight decay."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Updates over which the rate rises linearly."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: stay, or fall to `final_rate` of the peak at the last step."""
+    final_rate: float = Field(default=0.0, ge=0, le=1)
+    """Share of the peak rate at the last step of a falling schedule."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global L2 norm."""
+    tokens_per_micro_batch: int = Field(default=8192, ge=2)
+    """Positions in one forward pass of one rank."""
+    head_chunk: int = Field(default=1024, ge=1)
+    """Targets whose logits exist at the same time."""
+    activation_checkpointing: bool = True
+    """Recompute activations in backward: less memory, about a third more time."""
+    kl_every: int = Field(default=0, ge=0)
+    """Every so many steps estimate the KL divergence to the start model (keeps a frozen copy); 0 is never."""
+    transport: Literal["shared_memory", "nccl", "ipc"] = "shared_memory"
+    """How parameters reach the engines: shared memory with a network path (CPU), NCCL or CUDA IPC (GPU)."""
+    cpus_per_rank: float = Field(default=1, gt=0)
+    """CPUs Ray reserves for one rank; on CPU also its threads (at least one)."""
+    step_timeout_s: float = Field(default=3600, gt=0)
+    """Longest time of one update."""
+
+
+class ClusterConfig(Section):
+    address: str | None = None
+    """Ray address ('auto' or 'host:port'); null uses RAY_ADDRESS where set (as under `ray job submit`), else starts
+    a local Ray and stops it at the end."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """Where engines and ranks compute."""
+    placement: Literal["pack", "spread"] = "pack"
+    """Put the workers of a fleet on few nodes or on many."""
+    colocate: bool = False
+    """Rollout worker i and learner rank i share a GPU (needs transport: ipc)."""
+
+
+class RunConfig(Section):
+    folder: str = Field(min_length=1)
+    """Everything the run writes lies here; one run at a time."""
+    seed: int = Field(default=0, ge=0)
+    """Order of the data and every sample follow from it."""
+    checkpoint_every: int = Field(default=50, ge=0)
+    """Steps between checkpoints; one is always written at the end. 0 writes only that one."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Older checkpoints are deleted."""
+    evaluate_every: int = Field(default=0, ge=0)
+    """Steps between evaluations on held-out prompts; before and after training it is always done."""
+    write_samples: bool = True
+    """Write prompts and answers into samples.jsonl."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    reward: RewardConfig
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    learner: LearnerConfig = Field(default_factory=LearnerConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    run: RunConfig
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt with the longest answer: what engines and micro-batches must hold."""
+        return self.data.max_prompt_tokens + max(self.rollout.max_new_tokens, self.data.max_reference_tokens)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        learner, cluster, rollout = self.learner, self.cluster, self.rollout
+        if learner.tokens_per_micro_batch < self.longest_sequence:
+            raise ValueError(
+                f"learner.tokens_per_micro_batch is {learner.tokens_per_micro_batch}, but one row can have"
+                f" {self.longest_sequence} tokens (data.max_prompt_tokens + the longer of rollout.max_new_tokens and"
+                f" data.max_reference_tokens); raise it to {self.longest_sequence} or more"
+            )
+        if learner.warmup_steps > learner.steps:
+            raise ValueError(f"learner.warmup_steps is above learner.steps ({learner.steps}); lower it")
+        if cluster.device == "cpu" and learner.transport != "shared_memory":
+            raise ValueError(
+                f"learner.transport '{learner.transport}' needs cluster.device: gpu; on cpu use 'shared_memory'"
+            )
+        if cluster.colocate != (learner.transport == "ipc"):
+            raise ValueError("cluster.colocate: true and learner.transport: ipc go together; set both or neither")
+        if cluster.colocate and (rollout.tensor_parallel > 1 or rollout.workers != learner.ranks):
+            raise ValueError(
+                "cluster.colocate puts engine i and rank i on one GPU: it needs rollout.tensor_parallel: 1 and as many"
+                f" rollout.workers ({rollout.workers}) as learner.ranks ({learner.ranks})"
+            )
+        if self.run.evaluate_every and not self.data.heldout_rows:
+            raise ValueError("run.evaluate_every needs held-out prompts; set data.heldout_rows")
+        return self

@@ -1,0 +1,1 @@
+"""Learner room: scored groups to updates, updates to published parameters."""

@@ -1,0 +1,278 @@
+"""Attention in which all answers of a group share their prompt's keys and values. Exact, on any device.
+
+`grao_shared` is registered with transformers as an attention function, so every model that asks transformers for one
+can use it. Who attends to whom is worked out once per micro-batch (`SharedMap`) and travels through the model's
+forward pass as the keyword `shared_map`: as an argument, and not as state beside the model, because activation
+checkpointing runs the layers again in the backward pass.
+
+Packed positions are gathered into padded blocks of similar lengths. A block of prompts is plain causal attention; a
+block of answers attends to the keys of each one's prompt and, causally, to its own. No real position ever looks at
+padding, so padding changes nothing. A layer with a sliding window gets masks that count positions as each sequence by
+itself would.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+
+from learner.errors import LearnerError
+
+NAME = "grao_shared"
+SMALLEST_LEVEL = 64
+"""Lengths up to this one share a block; longer ones share it with those that round up to the same power of two."""
+HARMLESS = frozenset({"position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position"})
+"""Keywords that models hand to their attention function and that do not change what it computes."""
+EXACT_LAYERS = frozenset({"full_attention", "attention", "sliding_attention"})
+"""Layer types in which nothing but attention carries information from one position to another."""
+
+
+class ModelError(LearnerError):
+    """The model cannot be trained exactly; one line that says why."""
+
+
+class Part(NamedTuple):
+    """A run of packed positions: a prompt (row 0), or one of its answers."""
+
+    layout: int
+    row: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptBlock:
+    """B prompts, padded to P positions."""
+
+    shape: tuple[int, int]
+    """(B, P)"""
+
+    def mask(self, window: int | None, device: torch.device) -> torch.Tensor | None:
+        """bool[1, 1, P, P] True where the query looks; None for plain causal attention."""
+        if window is None or window >= self.shape[1]:
+            return None
+        step = torch.arange(self.shape[1], device=device)
+        distance = step[:, None] - step
+        return ((distance >= 0) & (distance < window))[None, None]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerBlock:
+    """B answers, padded to Q positions, whose prompts lie in one block of prompts, padded to P positions."""
+
+    shape: tuple[int, int]
+    """(B, Q)"""
+    prompts: int
+    """Number of the block of prompts."""
+    padded_prompt: int
+    """P"""
+    owner: torch.Tensor
+    """i64[B] place of each answer's prompt in that block"""
+    prompt_length: torch.Tensor
+    """i64[B] real length of that prompt"""
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """bool[B, 1, Q, P + Q] True where the query looks: the prompt's real positions, its own up to itself."""
+        device = self.owner.device
+        length = self.prompt_length[:, None, None]
+        of_prompt = torch.arange(self.padded_prompt, device=device).expand(len(length), 1, -1)
+        query = length + torch.arange(self.shape[1], device=device)[:, None]  # position numbers, [B, Q, 1]
+        distance = query - torch.cat([of_prompt, query.transpose(1, 2)], dim=2)
+        looks = distance >= 0
+        looks[:, :, : self.padded_prompt] &= of_prompt < length
+        if window is not None:
+            looks &= distance < window
+        return looks[:, None]
+
+
+Masks = tuple[list[torch.Tensor | None], list[torch.Tensor]]
+"""Of the blocks of prompts and of the blocks of answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMap:
+    """Who attends to whom in a micro-batch of N packed positions. Its blocks hold S slots in all, padding included."""
+
+    source: torch.Tensor
+    """i64[S] packed position in each slot, prompts' blocks first; padding repeats position 0"""
+    slot: torch.Tensor
+    """i64[N] slot of each packed position"""
+    prompts: tuple[PromptBlock, ...]
+    answers: tuple[AnswerBlock, ...]
+    longest: int
+    """Positions of the longest prompt with one answer."""
+    made: dict[int | None, Masks] = field(default_factory=dict)
+    """Masks by window: made by the first layer that needs them, used by the others."""
+
+    def masks(self, window: int | None) -> Masks:
+        """The masks of a layer with this sliding window; None where it sees everything before it."""
+        if window is not None and window >= self.longest:
+            window = None
+        if window not in self.made:
+            device = self.source.device
+            of_prompts = [block.mask(window, device) for block in self.prompts]
+            self.made[window] = of_prompts, [block.mask(window) for block in self.answers]
+        return self.made[window]
+
+
+def shared_map(segments: npt.NDArray[np.int32], device: torch.device) -> SharedMap:
+    """The blocks of a micro-batch, from its segments [N, 2] of (layout, row)."""
+    parts = _parts(segments)
+    length_of = {part.layout: part.length for part in parts if part.row == 0}
+    prompts: dict[int, list[Part]] = {}
+    answers: dict[tuple[int, int], list[Part]] = {}
+    for part in parts:
+        if part.row == 0:
+            prompts.setdefault(_level(part.length), []).append(part)
+        else:
+            answers.setdefault((_level(length_of[part.layout]), _level(part.length)), []).append(part)
+    levels = sorted(prompts)
+    place = {part.layout: k for level in levels for k, part in enumerate(prompts[level])}
+    sources = [_padded(prompts[level]) for level in levels]
+    prompt_blocks = tuple(PromptBlock((len(one), len(one[0]))) for one in sources)
+    blocks = []
+    for (level, _), members in sorted(answers.items()):
+        sources.append(_padded(members))
+        number = levels.index(level)
+        blocks.append(
+            AnswerBlock(
+                shape=(len(members), len(sources[-1][0])),
+                prompts=number,
+                padded_prompt=prompt_blocks[number].shape[1],
+                owner=torch.tensor([place[part.layout] for part in members], device=device),
+                prompt_length=torch.tensor([length_of[part.layout] for part in members], device=device),
+            )
+        )
+    source = np.concatenate([one.ravel() for one in sources])
+    slot = np.empty(len(segments), dtype=np.int64)
+    slot[source[source >= 0]] = np.flatnonzero(source >= 0)
+    return SharedMap(
+        source=torch.from_numpy(np.maximum(source, 0)).to(device),
+        slot=torch.from_numpy(slot).to(device),
+        prompts=prompt_blocks,
+        answers=tuple(blocks),
+        longest=max(part.length + (length_of[part.layout] if part.row else 0) for part in parts),
+    )
+
+
+def _parts(segments: npt.NDArray[np.int32]) -> list[Part]:
+    changes = np.any(segments[1:] != segments[:-1], axis=1)
+    bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), len(segments)]
+    runs = itertools.pairwise(bounds)
+    return [Part(int(segments[start, 0]), int(segments[start, 1]), start, end - start) for start, end in runs]
+
+
+def _level(length: int) -> int:
+    return max(0, -(-length // SMALLEST_LEVEL) - 1).bit_length()
+
+
+def _padded(parts: Sequence[Part]) -> npt.NDArray[np.int64]:
+    """[B, longest] packed positions of each part, -1 behind its end."""
+    padded = np.full((len(parts), max(part.length for part in parts)), -1, dtype=np.int64)
+    for row, part in zip(padded, parts, strict=True):
+        row[: part.length] = np.arange(part.start, part.start + part.length)
+    return padded
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    shared_map: SharedMap | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function for transformers: query [1, H, N, D], key and value [1, H or fewer, N, D] -> [1, N, H, D].
+
+    `attention_mask` is what `_window_only` made. `dropout` is not applied: the log-probabilities must be those of the
+    rollout's model. Raises ModelError for anything that would make the result differ from attention over each sequence
+    by itself.
+    """
+    name = type(module).__name__
+    if shared_map is None:
+        raise ModelError(f"{name} called its attention without the keyword 'shared_map': the model's code drops it")
+    unknown = sorted(key for key, given in others.items() if given is not None and key not in HARMLESS)
+    own_mask = attention_mask is not None and attention_mask.dim() > 0
+    if unknown or own_mask or is_causal is False:
+        what = ", ".join(unknown) or ("a mask of its own" if own_mask else "attention that is not causal")
+        raise ModelError(f"{name} asks for {what}, which the shared-prompt attention does not do; use another model")
+    window = sliding_window if attention_mask is None else int(attention_mask)
+    prompt_masks, answer_masks = shared_map.masks(window)
+    queries, keys, values = (_blocks(packed, shared_map) for packed in (query, key, value))
+    count = len(prompt_masks)
+    outputs = [_sdpa(queries[k], keys[k], values[k], mask, scaling) for k, mask in enumerate(prompt_masks)]
+    for k, (block, mask) in enumerate(zip(shared_map.answers, answer_masks, strict=True), start=count):
+        both_keys = torch.cat([keys[block.prompts].index_select(0, block.owner), keys[k]], dim=1)
+        both_values = torch.cat([values[block.prompts].index_select(0, block.owner), values[k]], dim=1)
+        outputs.append(_sdpa(queries[k], both_keys, both_values, mask, scaling))
+    flat = torch.cat([one.flatten(0, 1) for one in outputs])
+    return flat.index_select(0, shared_map.slot)[None], None
+
+
+def _blocks(packed: torch.Tensor, shared: SharedMap) -> list[torch.Tensor]:
+    """[1, H, N, D] -> one [B, length, H, D] per block, prompts first."""
+    flat = packed[0].transpose(0, 1).index_select(0, shared.source)
+    shapes = [one.shape for one in shared.prompts] + [one.shape for one in shared.answers]
+    parts = flat.split([rows * length for rows, length in shapes])
+    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
+) -> torch.Tensor:
+    """[B, Q, H, D] over [B, K, H or fewer, D] -> [B, Q, H, D]; causal where there is no mask."""
+    repeats = query.shape[2] // key.shape[2]
+    # With a mask CUDA's fast kernels do not know grouped queries: repeating the keys avoids the one that keeps scores.
+    if repeats > 1 and mask is not None and query.device.type == "cuda":
+        key, value = (one.repeat_interleave(repeats, dim=2) for one in (key, value))
+    return functional.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=key.shape[2] != query.shape[2],
+    ).transpose(1, 2)
+
+
+def _window_only(
+    *, config: PretrainedConfig, local_size: int | None = None, use_vmap: bool = False, **_: Any
+) -> torch.Tensor | None:
+    """Stands in for transformers' mask, which `SharedMap` makes: hands `attend` the window as a number, or None.
+
+    Some families give their window to the mask alone. A mask with a rule of the model's own is refused.
+    """
+    if use_vmap:
+        raise ModelError(f"model.path: {config.model_type} adds a rule of its own to the causal mask")
+    return None if local_size is None else torch.tensor(local_size)
+
+
+def check_attention(config: PretrainedConfig) -> None:
+    """Refuse, before weights are loaded, a model whose attention could not be computed exactly. Raises ModelError."""
+    settings = config.get_text_config().to_dict()
+    name = f"model.path: {config.model_type}"
+    other = sorted(set(settings.get("layer_types") or ()) - EXACT_LAYERS)
+    if other:
+        raise ModelError(f"{name} has layers of type {other[0]}, in which answers of one prompt cannot be kept apart")
+    if settings.get("attn_logit_softcapping") is not None:
+        raise ModelError(f"{name} caps attention scores (attn_logit_softcapping), which is not supported")
+    if settings.get("is_causal") is False or settings.get("use_bidirectional_attention"):
+        raise ModelError(f"{name} attends to later tokens, so it cannot be trained on next-token probabilities")
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, _window_only)

@@ -1,0 +1,66 @@
+"""A Hugging Face folder out of sharded parameters: safetensors, config, generation config, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.schema import ModelConfig
+from rollout.types import TensorSpec
+
+SHARD_BYTES = 4 * 2**30
+Gathered = Iterator[tuple[str, torch.Tensor]]
+
+
+def files_of(specs: Sequence[TensorSpec], limit: int = SHARD_BYTES) -> list[tuple[str, list[str]]]:
+    """(file name, parameter names) in order, each file of at most `limit` bytes or one parameter."""
+    files: list[list[str]] = [[]]
+    size = 0
+    for spec in specs:
+        if files[-1] and size + spec.nbytes > limit:
+            files.append([])
+            size = 0
+        files[-1].append(spec.name)
+        size += spec.nbytes
+    if len(files) == 1:
+        return [("model.safetensors", files[0])]
+    return [(f"model-{n + 1:05d}-of-{len(files):05d}.safetensors", names) for n, names in enumerate(files)]
+
+
+def write_weights(folder: str, specs: Sequence[TensorSpec], gathered: Gathered, limit: int = SHARD_BYTES) -> None:
+    """Write `gathered` (in host memory, in the order of `specs`): at most one file's bytes are held at a time."""
+    from safetensors.torch import save_file
+
+    files = files_of(specs, limit)
+    for name, names in files:
+        tensors = {}
+        for expected in names:
+            found, tensor = next(gathered)
+            assert found == expected, f"parameters came in another order: {found} instead of {expected}"
+            tensors[found] = tensor
+        save_file(tensors, Path(folder) / name, metadata={"format": "pt"})
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(spec.nbytes for spec in specs)},
+            "weight_map": {name: file for file, names in files for name in names},
+        }
+        (Path(folder) / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def write_description(folder: str, hf: Any, model: ModelConfig) -> None:
+    """Config, generation config and tokenizer with its chat template; the model's own code where it is trusted."""
+    from transformers import AutoTokenizer
+
+    hf.config.save_pretrained(folder)
+    if hf.can_generate() and hf.generation_config is not None:
+        # not save_pretrained: that refuses a config which the model came with and which every engine reads
+        hf.generation_config.to_json_file(Path(folder) / "generation_config.json")
+    AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code).save_pretrained(folder)
+    if model.trust_remote_code:
+        for file in Path(model.path).glob("*.py"):
+            shutil.copy(file, folder)

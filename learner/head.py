@@ -1,0 +1,202 @@
+"""The loss from hidden states, without keeping logits: chunk by chunk, gradients formed in the forward pass.
+
+The loss is minus the sum of w_m * log p(target_m), with weights known before the forward pass. So the gradient of the
+loss to a chunk's logits is known as soon as its softmax is, and three matrix products per chunk are all: logits,
+gradient to the hidden states, gradient to the head's weight. A chunk's logits are overwritten by their gradient and
+then by the next chunk's logits; backward() only multiplies by the loss's own gradient.
+
+With logits z = cap(scale * (h W' + b)), cap(x) = c tanh(x/c) where the model has a soft cap, and temperature T:
+
+    log p_T(v)  = z_v/T - logsumexp(z/T)
+    entropy     = logsumexp(z/T) - sum_v p_T(v) z_v/T                  in nats
+    dloss/dz_v  = -w/T (1[v = target] - p_T(v)), times cap' * scale for the gradient to h W' + b
+
+Matrix products run in the parameters' type, everything between them in float32. The weight's gradient is summed over
+chunks in float32 too: in bfloat16 each further chunk would round the sum once more, and one pass over the sum per
+chunk costs a few percent of the product that made it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+TILE_ELEMENTS = 2**22
+"""Logits in float32 at the same time: softmax works through a chunk in tiles of rows this large (16 MiB)."""
+
+
+class HeadOutput(NamedTuple):
+    """M targets. A named tuple, because ZeRO-3's hooks look for tensors in tuples."""
+
+    loss: torch.Tensor
+    """f32[] minus the sum of weights * logprobs; the only output with a gradient."""
+    logprobs: torch.Tensor
+    """f32[M] log-probability of each target at the loss temperature."""
+    rollout_logprobs: torch.Tensor
+    """f32[M] the same at the rollout's temperature, to compare with the rollout's own."""
+    entropy: torch.Tensor
+    """f32[M] entropy of the next-token distribution at the loss temperature, in nats."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadOptions:
+    """What a call of the head needs beside tensors."""
+
+    loss_temperature: float
+    rollout_temperature: float
+    chunk: int
+    """Targets whose logits exist at the same time."""
+    scale: float
+    """Factor of the logits, for models that have one."""
+    softcap: float | None
+    """Logits are bent to within (-softcap, softcap), for models that have one."""
+    gradients: bool
+    """False: only the outputs' values are wanted."""
+
+
+class LossHead(nn.Module):
+    """Takes the place of a model's lm_head and holds the very same Parameters, so tied weights stay tied."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, head: nn.Linear, scale: float = 1.0, softcap: float | None = None) -> None:
+        super().__init__()
+        self.weight = head.weight
+        self.register_parameter("bias", head.bias)
+        self._scale, self._softcap = scale, softcap
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        loss_temperature: float,
+        rollout_temperature: float,
+        chunk: int,
+    ) -> HeadOutput:
+        """hidden [M, D] in the parameters' type, targets i64[M], weights f32[M]; M may be 0.
+
+        Under no_grad nothing but the outputs is computed. The loss cannot be differentiated twice.
+        """
+        options = HeadOptions(
+            loss_temperature=loss_temperature,
+            rollout_temperature=rollout_temperature,
+            chunk=chunk,
+            scale=self._scale,
+            softcap=self._softcap,
+            gradients=torch.is_grad_enabled(),
+        )
+        return HeadOutput(*_OnePass.apply(hidden, self.weight, self.bias, targets, weights, options))
+
+
+class _OnePass(torch.autograd.Function):
+    """Forward: loss, per-target values and the gradients, all at once. Backward: a multiplication."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        options: HeadOptions,
+    ) -> tuple[torch.Tensor, ...]:
+        """Returns the fields of HeadOutput."""
+        wanted = [options.gradients and needed for needed in ctx.needs_input_grad[:3]]
+        count, chunk = len(targets), options.chunk
+        values = hidden.new_empty((3, count), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        grad_weight = _Sum(weight, in_one_go=count <= chunk) if wanted[1] else None
+        grad_bias = _Sum(bias, in_one_go=False) if bias is not None and wanted[2] else None
+        buffer = hidden.new_empty((min(chunk, count), len(weight)))
+        for start in range(0, count, chunk):
+            part = slice(start, min(start + chunk, count))
+            logits = torch.mm(hidden[part], weight.T, out=buffer[: part.stop - start])
+            if bias is not None:
+                logits += bias
+            values[:, part] = _softmax_chunk(logits, targets[part], weights[part], options)
+            if grad_hidden is not None:
+                torch.mm(logits, weight, out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight.add_product(logits.T, hidden[part])
+            if grad_bias is not None:
+                grad_bias.add(logits.sum(0, dtype=torch.float32))
+        ctx.grads = [grad_hidden, *(None if one is None else one.total() for one in (grad_weight, grad_bias))]
+        logprobs, rollout_logprobs, entropy = values
+        ctx.mark_non_differentiable(logprobs, rollout_logprobs, entropy)
+        return -(weights * logprobs).sum(), logprobs, rollout_logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Scales the gradients in place (the weight's may be gigabytes), so it runs once."""
+        made, ctx.grads = ctx.grads, None
+        if made is None:
+            raise RuntimeError("the loss head's gradients were used up by an earlier backward()")
+        return (*(None if one is None else one.mul_(grads[0]) for one in made), None, None, None)
+
+
+class _Sum:
+    """A gradient summed over chunks in float32, unless there is but one chunk."""
+
+    def __init__(self, like: torch.Tensor, in_one_go: bool) -> None:
+        self._like = like
+        self._total = torch.zeros_like(like, dtype=like.dtype if in_one_go else torch.float32)
+
+    def add_product(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        if self._total.dtype == a.dtype:
+            self._total.addmm_(a, b)
+        else:
+            self._total += a @ b
+
+    def add(self, value: torch.Tensor) -> None:
+        self._total += value
+
+    def total(self) -> torch.Tensor:
+        return self._total.to(self._like.dtype)
+
+
+def _softmax_chunk(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, options: HeadOptions
+) -> torch.Tensor:
+    """Overwrite logits [C, V] by the loss's gradient to them (where wanted) and return f32[3, C] of per-target values.
+
+    Works in tiles of rows, so that only a few tiles exist in float32, and they stay in the processor's cache.
+    """
+    rows = max(1, TILE_ELEMENTS // logits.shape[1])
+    tiles = zip(logits.split(rows), targets.split(rows), weights.split(rows), strict=True)
+    return torch.cat([_softmax_tile(*tile, options) for tile in tiles], dim=1)
+
+
+def _softmax_tile(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, options: HeadOptions
+) -> torch.Tensor:
+    """One tile of `_softmax_chunk`: rows of log-probabilities, rollout log-probabilities and entropies."""
+    z, index = logits.float(), targets[:, None]
+    if options.scale != 1.0:
+        z = z * options.scale
+    if options.softcap is not None:
+        z = options.softcap * torch.tanh(z / options.softcap)
+    y = z if options.loss_temperature == 1.0 else z / options.loss_temperature
+    p = torch.softmax(y, dim=1)
+    # logsumexp without another exp over the tile: the largest p is at least 1/V, so its logarithm is accurate
+    log_total = y.amax(1) - torch.log(p.amax(1))
+    logprobs = y.gather(1, index)[:, 0] - log_total
+    entropy = log_total - torch.linalg.vecdot(p, y)
+    rollout_logprobs = logprobs
+    if options.rollout_temperature != options.loss_temperature:
+        u = z / options.rollout_temperature
+        rollout_logprobs = u.gather(1, index)[:, 0] - torch.logsumexp(u, dim=1)
+    if options.gradients:
+        factor = (weights * (options.scale / options.loss_temperature))[:, None]
+        p.mul_(factor).scatter_add_(1, index, -factor)
+        if options.softcap is not None:
+            p.mul_(1 - (z / options.softcap).square())
+        logits.copy_(p)
+    return torch.stack([logprobs, rollout_logprobs, entropy])

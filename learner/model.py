@@ -1,0 +1,231 @@
+"""The trainable policy: a Hugging Face model with shared-prompt attention and the loss head in place of lm_head."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from configs.schema import Dtype
+from learner.attention import NAME, ModelError, SharedMap, check_attention, shared_map
+from learner.head import HeadOutput, LossHead
+from learner.packing import plan
+from learner.types import MicroBatch, Row
+
+TORCH_DTYPE: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ISOLATION_TOLERANCE: dict[torch.dtype, float] = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+"""Largest difference of a log-probability that rounding may make; a leak between answers makes more."""
+
+
+class MicroBatchTensors(NamedTuple):
+    """A micro-batch of N positions and M targets on a device. A tuple, as ZeRO-3's hooks on inputs expect."""
+
+    token_ids: torch.Tensor
+    """i64[1, N]"""
+    positions: torch.Tensor
+    """i64[1, N]"""
+    shared_map: SharedMap
+    """Who attends to whom."""
+    predict_at: torch.Tensor
+    """i64[M]"""
+    targets: torch.Tensor
+    """i64[M]"""
+    weights: torch.Tensor
+    """f32[M]"""
+
+
+def to_tensors(batch: MicroBatch, device: torch.device) -> MicroBatchTensors:
+    """Copy a planned micro-batch to a device and work out its attention, once for all layers."""
+    return MicroBatchTensors(
+        token_ids=torch.from_numpy(batch.token_ids)[None].to(device),
+        positions=torch.from_numpy(batch.positions)[None].to(device),
+        shared_map=shared_map(batch.segments, device),
+        predict_at=torch.from_numpy(batch.predict_at).to(device),
+        targets=torch.from_numpy(batch.targets).to(device),
+        weights=torch.from_numpy(batch.weights).to(device),
+    )
+
+
+class PolicyModel(nn.Module):
+    """`hf` is the Hugging Face model, under its own state-dict names (here they have 'hf.' before them).
+
+    Its lm_head is a LossHead, so `hf` saves and loads as before but no longer gives logits.
+    """
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        super().__init__()
+        self.hf = hf
+
+    def train(self, mode: bool = True) -> PolicyModel:
+        """Every part stays in evaluation mode: no dropout, no router noise, log-probabilities as in the rollout.
+
+        Only the layers that checkpoint activations are told that they train, or else they would not.
+        """
+        super().train(False)
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = mode
+        return self
+
+    def forward(
+        self, tensors: MicroBatchTensors, loss_temperature: float, rollout_temperature: float, chunk: int
+    ) -> HeadOutput:
+        """Loss of one micro-batch and what it says of every target; loss.backward() gives the gradients.
+
+        `chunk` is the number of targets whose logits exist at the same time. A micro-batch without targets gives a
+        loss of 0 that depends on every parameter, so that all of ZeRO-3's ranks take part in the same collectives.
+        """
+        decoded = self.hf.get_decoder()(
+            input_ids=tensors.token_ids,
+            position_ids=tensors.positions,
+            use_cache=False,
+            shared_map=tensors.shared_map,
+        )
+        hidden = decoded.last_hidden_state[0].index_select(0, tensors.predict_at)
+        return self.hf.get_output_embeddings()(
+            hidden, tensors.targets, tensors.weights, loss_temperature, rollout_temperature, chunk
+        )
+
+    @torch.no_grad()
+    def check_isolation(self, device: torch.device) -> None:
+        """Refuse a model in which an answer's log-probabilities change when another answer shares its prompt.
+
+        Catches what no look at the config can: code that passes state between positions beside attention, or counts
+        positions itself. Two tiny forward passes; under ZeRO-3 every rank must call it. Raises ModelError.
+        """
+        prompt, answer, other = (1, 2, 3), (4, 5, 6, 7), (11, 10, 9, 8, 7)
+        found = []
+        for answers in ((answer,), (other, answer)):
+            rows = [Row(group=0, kind="reference", token_ids=ids, logprobs=None, weight=1.0) for ids in answers]
+            [[batch]] = plan(rows, [prompt], ranks=1, token_budget=64)
+            output = self(to_tensors(batch, device), 1.0, 1.0, chunk=64)
+            found.append(output.logprobs[torch.from_numpy(batch.row_of) == len(answers) - 1].cpu().numpy())
+        worst = float(np.abs(found[0] - found[1]).max())
+        if not worst <= ISOLATION_TOLERANCE[self.hf.dtype]:
+            raise ModelError(
+                f"model.path: {self.hf.config.model_type} gives an answer other log-probabilities (by {worst:.2g}) when"
+                " another answer shares its prompt; its code carries state across positions beside attention"
+            )
+
+
+def build_model(path: str, dtype: Dtype, trust_remote_code: bool, activation_checkpointing: bool) -> PolicyModel:
+    """Load a causal language model for training.
+
+    Works under transformers' HfDeepSpeedConfig, where parameters come divided over the ranks: nothing here reads one.
+    Dropout is set to 0, in the model's config too. Raises ModelError for a model that could not be trained exactly.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    check_attention(config)
+    _without_dropout(config)
+    hf, loading = _load(path, config, TORCH_DTYPE[dtype], trust_remote_code)
+    absent = sorted(loading["missing_keys"])
+    if absent:
+        raise ModelError(f"model.path: '{path}' has no weights for {absent[0]} and {len(absent) - 1} more parameters")
+    _check_class(hf)
+    scale, softcap = _logit_options(config)
+    _check_logits(hf, scale, softcap)
+    hf.set_output_embeddings(LossHead(hf.get_output_embeddings(), scale, softcap))
+    if activation_checkpointing:
+        if not hf.supports_gradient_checkpointing:
+            raise ModelError(f"learner.activation_checkpointing: {config.model_type} cannot do it; set it to false")
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = PolicyModel(hf)
+    return policy.train()
+
+
+def _load(
+    path: str, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=NAME,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except KeyError as error:
+        if error.args != (NAME,):
+            raise
+        raise _no_replacement(config) from error  # older families look the name up in a table of their own
+
+
+def _no_replacement(config: PretrainedConfig) -> ModelError:
+    return ModelError(
+        f"model.path: {config.model_type} does not let its attention be replaced (transformers' AttentionInterface)"
+    )
+
+
+def _without_dropout(config: PretrainedConfig) -> None:
+    """Set every dropout of a Hugging Face config to 0."""
+    text = config.get_text_config()
+    for name, value in text.to_dict().items():
+        if isinstance(value, float) and "drop" in name:
+            setattr(text, name, 0.0)
+
+
+def _check_class(hf: PreTrainedModel) -> None:
+    """The model's code must ask for its attention function, hand keywords through to it, and end in a linear head."""
+    keywords = inspect.signature(hf.get_decoder().forward).parameters.values()
+    if not hf.is_backend_compatible() or not any(one.kind is one.VAR_KEYWORD for one in keywords):
+        raise _no_replacement(hf.config)
+    if not isinstance(hf.get_output_embeddings(), nn.Linear):
+        raise ModelError(f"model.path: {hf.config.model_type} does not end in a linear layer over the vocabulary")
+
+
+def _logit_options(config: PretrainedConfig) -> tuple[float, float | None]:
+    """(scale, softcap) that the model applies to its head's output, by the names families use for them."""
+    settings = config.get_text_config().to_dict()
+    scale = (settings.get("logit_scale") or 1.0) / (settings.get("logits_scaling") or 1.0)
+    return float(scale), settings.get("final_logit_softcapping")
+
+
+class _Decoded:
+    """What a decoder returns, as far as models look at it: hidden states, and nothing in any further field."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, _: int) -> torch.Tensor:
+        return self.last_hidden_state
+
+    def __getattr__(self, _: str) -> None:
+        return None
+
+
+def _check_logits(hf: PreTrainedModel, scale: float, softcap: float | None) -> None:
+    """Refuse a model that does more between its decoder and its logits than LossHead repeats.
+
+    Runs the model's own forward() while its decoder gives made-up hidden states and its head made-up logits. No
+    parameter is read, so it works on parameters that ZeRO-3 has divided.
+    """
+    text = hf.config.get_text_config()
+    hidden = torch.linspace(-1, 1, text.hidden_size)[None, None]
+    logits = torch.linspace(-60, 60, text.vocab_size)[None, None]
+    seen: list[torch.Tensor] = []
+
+    def head_forward(given: torch.Tensor) -> torch.Tensor:
+        seen.append(given)
+        return logits.clone()
+
+    stand_ins: list[tuple[nn.Module, Callable[..., Any]]] = [(hf.get_output_embeddings(), head_forward)]
+    stand_ins += [(one, lambda *_, **__: _Decoded(hidden)) for one in {hf.base_model, hf.get_decoder()}]
+    for module, forward in stand_ins:
+        module.forward = forward
+    try:
+        result = hf(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False).logits
+    finally:
+        for module, _ in stand_ins:
+            del module.forward  # uncovers the class's own
+    expected = scale * logits
+    if softcap is not None:
+        expected = softcap * torch.tanh(expected / softcap)
+    if not (torch.equal(seen[0].flatten(), hidden.flatten()) and torch.allclose(result, expected, rtol=1e-4)):
+        raise ModelError(f"model.path: {hf.config.model_type} changes its hidden states or logits in an unknown way")

@@ -1,0 +1,1 @@
+"""Objectives: small pure files that turn scored groups into weighted rows."""

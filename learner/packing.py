@@ -1,0 +1,209 @@
+"""Which rows are computed together, and where: a pure plan made alike on every rank.
+
+A group's rows share one layout, [prompt | row 0 | row 1 | ...]; each row but its last token, whose hidden state would
+predict nothing. Layouts go into micro-batches of at most the token budget. Every rank gets the same number of
+micro-batches, because ZeRO-3's ranks gather parameters together; the k-th ones of all ranks cost about the same,
+because they wait for each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from learner.errors import LearnerError
+from learner.types import MicroBatch, Row
+
+Ints = npt.NDArray[np.int64]
+PAIRS_PER_POSITION = 12_288
+"""Attention's query-key pairs that cost as much as one position in the linear layers: 6 * hidden size, at 2048."""
+MOST_SPLITS = 16
+"""Groups cut in two for balance's sake, at most; each cut computes a prompt once more."""
+
+
+class PackingError(LearnerError):
+    """A row does not fit into a micro-batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """A prompt with some of its group's rows."""
+
+    prompt: tuple[int, ...]
+    rows: tuple[int, ...]
+    """Indices into the step's list of rows, ascending."""
+    positions: int
+    cost: float
+
+    @property
+    def order(self) -> tuple[float, tuple[int, ...]]:
+        """Sorts the costliest first; row indices break ties, so that every rank makes the same plan."""
+        return -self.cost, self.rows
+
+
+@dataclass(slots=True)
+class _Bin:
+    """A micro-batch being filled."""
+
+    layouts: list[_Layout]
+    positions: int = 0
+    cost: float = 0.0
+
+    def add(self, layout: _Layout) -> None:
+        self.layouts.append(layout)
+        self.positions += layout.positions
+        self.cost += layout.cost
+
+
+def plan(
+    rows: Sequence[Row], prompts: Sequence[tuple[int, ...]], ranks: int, token_budget: int
+) -> tuple[tuple[MicroBatch, ...], ...]:
+    """Divide a step's rows: [rank][k], the same k (at least 1) on every rank, every row exactly once.
+
+    `prompts` are token ids by group index. A micro-batch has at most `token_budget` positions. Where there is nothing
+    left for a rank, its micro-batch has no rows and no targets, and one position so that the forward pass runs.
+    Raises PackingError for a row that no micro-batch can hold, ValueError for an empty prompt or row.
+    """
+    layouts = _layouts(rows, prompts, token_budget)
+    best = _deal(_pack(layouts, ranks, token_budget), ranks)
+    for _ in range(min(ranks, MOST_SPLITS) if ranks > 1 else 0):
+        layouts = _split_costliest(layouts, rows)
+        best = min(best, _deal(_pack(layouts, ranks, token_budget), ranks), key=_duration)
+    return tuple(tuple(_micro_batch(best[k][rank].layouts, rows) for k in range(len(best))) for rank in range(ranks))
+
+
+def _layouts(rows: Sequence[Row], prompts: Sequence[tuple[int, ...]], budget: int) -> list[_Layout]:
+    """One layout a group where it fits the budget, else as few as first-fit needs, longest rows first."""
+    members: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        if not row.token_ids or not prompts[row.group]:
+            raise ValueError(f"row {index} of group {row.group}: an answer and its prompt have at least one token each")
+        members.setdefault(row.group, []).append(index)
+    layouts = []
+    for group, indices in members.items():
+        prompt = prompts[group]
+        room = budget - len(prompt)
+        parts: list[tuple[int, list[int]]] = []
+        for index in sorted(indices, key=lambda index: (-len(rows[index].token_ids), index)):
+            need = len(rows[index].token_ids) - 1
+            if need > room:
+                raise PackingError(
+                    f"learner.tokens_per_micro_batch is {budget}, but a row of group {group} needs"
+                    f" {len(prompt) + need} positions; raise it to that or more"
+                )
+            fit = next((k for k, (used, _) in enumerate(parts) if used + need <= room), None)
+            if fit is None:
+                parts.append((need, [index]))
+            else:
+                parts[fit] = (parts[fit][0] + need, [*parts[fit][1], index])
+        layouts += [_layout(prompt, part, rows) for _, part in parts]
+    return layouts
+
+
+def _layout(prompt: tuple[int, ...], indices: Sequence[int], rows: Sequence[Row]) -> _Layout:
+    lengths = [len(rows[index].token_ids) - 1 for index in indices]
+    positions = len(prompt) + sum(lengths)
+    pairs = len(prompt) ** 2 / 2 + sum(length * (len(prompt) + length / 2) for length in lengths)
+    cost = positions + pairs / PAIRS_PER_POSITION
+    return _Layout(prompt=prompt, rows=tuple(sorted(indices)), positions=positions, cost=cost)
+
+
+def _split_costliest(layouts: Sequence[_Layout], rows: Sequence[Row]) -> list[_Layout]:
+    """The same layouts with the costliest that has two rows or more cut in two halves of equal length, nearly."""
+    divisible = [layout for layout in layouts if len(layout.rows) > 1]
+    if not divisible:
+        return list(layouts)
+    whole = min(divisible, key=lambda layout: layout.order)
+    halves: tuple[list[int], list[int]] = ([], [])
+    lengths = [0, 0]
+    for index in sorted(whole.rows, key=lambda index: (-len(rows[index].token_ids), index)):
+        # by count where lengths tie, so that rows of one token do not all land in one half
+        lighter = int((lengths[1], len(halves[1])) < (lengths[0], len(halves[0])))
+        halves[lighter].append(index)
+        lengths[lighter] += len(rows[index].token_ids) - 1
+    kept = [layout for layout in layouts if layout is not whole]
+    return kept + [_layout(whole.prompt, half, rows) for half in halves]
+
+
+def _pack(layouts: Sequence[_Layout], ranks: int, budget: int) -> list[_Bin]:
+    """Fewest rounds of `ranks` micro-batches that hold all layouts, each layout into the cheapest that has room."""
+    ordered = sorted(layouts, key=lambda layout: layout.order)
+    rounds = max(1, -(-sum(layout.positions for layout in ordered) // (ranks * budget)))
+    while True:
+        bins = [_Bin([]) for _ in range(ranks * rounds)]
+        if all(_place(layout, bins, budget) for layout in ordered):
+            return bins
+        rounds += 1  # ends: with one micro-batch a layout everything fits
+
+
+def _place(layout: _Layout, bins: Sequence[_Bin], budget: int) -> bool:
+    """Put a layout into the cheapest micro-batch with room for it; False where there is none."""
+    fitting = [one for one in bins if one.positions + layout.positions <= budget]
+    if not fitting:
+        return False
+    min(fitting, key=lambda one: one.cost).add(layout)
+    return True
+
+
+def _deal(bins: Sequence[_Bin], ranks: int) -> list[list[_Bin]]:
+    """[k][rank]: neighbours in cost run at the same time; even rounds are dealt backwards to even out the ranks."""
+    ordered = sorted(bins, key=lambda one: (-one.cost, one.layouts[0].rows if one.layouts else ()))
+    rounds = [ordered[start : start + ranks] for start in range(0, len(ordered), ranks)]
+    return [one if k % 2 == 0 else one[::-1] for k, one in enumerate(rounds)]
+
+
+def _duration(rounds: Sequence[Sequence[_Bin]]) -> tuple[int, float]:
+    """Fewer rounds first (each gathers all parameters), then the sum over the rounds of their costliest member."""
+    return len(rounds), sum(max(one.cost for one in members) for members in rounds)
+
+
+def _micro_batch(layouts: Sequence[_Layout], rows: Sequence[Row]) -> MicroBatch:
+    """Lay out positions and targets."""
+    if not layouts:
+        layouts = [_Layout(prompt=(0,), rows=(), positions=1, cost=0.0)]
+    token_ids: list[Ints] = []
+    positions: list[Ints] = []
+    segments: list[tuple[int, int, int]] = []  # layout, row, length
+    predict_at: list[Ints] = []
+    start = 0
+    for number, layout in enumerate(layouts):
+        length = len(layout.prompt)
+        prompt_end = start + length - 1
+        token_ids.append(np.array(layout.prompt))
+        positions.append(np.arange(length))
+        segments.append((number, 0, length))
+        start += length
+        for place, index in enumerate(layout.rows, start=1):
+            computed = np.array(rows[index].token_ids)[:-1]
+            predict_at += [np.array([prompt_end]), np.arange(start, start + len(computed))]
+            token_ids.append(computed)
+            positions.append(np.arange(length, length + len(computed)))
+            segments.append((number, place, len(computed)))
+            start += len(computed)
+    members = [rows[index] for layout in layouts for index in layout.rows]
+    lengths = [len(row.token_ids) for row in members]
+    owner, part, count = zip(*segments, strict=True)
+    return MicroBatch(
+        token_ids=_joined(token_ids, np.int64),
+        positions=_joined(positions, np.int64),
+        segments=np.repeat(np.array([owner, part], dtype=np.int32), count, axis=1).T.copy(),
+        predict_at=_joined(predict_at, np.int64),
+        targets=_joined([np.array(row.token_ids) for row in members], np.int64),
+        weights=np.repeat(np.array([row.weight / len(row.token_ids) for row in members], dtype=np.float32), lengths),
+        behavior_logprobs=_joined([_behavior(row) for row in members], np.float32),
+        row_of=np.repeat(np.arange(len(members)), lengths),
+        rows=tuple(index for layout in layouts for index in layout.rows),
+    )
+
+
+def _joined(parts: Sequence[npt.NDArray[Any]], dtype: type[np.generic]) -> npt.NDArray[Any]:
+    """One array of this type; numpy's own concatenate refuses to join nothing."""
+    return np.concatenate([np.empty(0, dtype), *parts], dtype=dtype, casting="unsafe")
+
+
+def _behavior(row: Row) -> npt.NDArray[np.float64]:
+    return np.full(len(row.token_ids), np.nan) if row.logprobs is None else np.array(row.logprobs)

@@ -1,0 +1,112 @@
+"""Records of the learner room. Loads neither torch nor ray nor vllm (arrays are numpy's).
+
+Vocabulary: a row is one sequence of the loss (a sample or the reference of a group); its weight is the signed
+coefficient c of its mean token log-probability J in the objective to maximise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One sequence for the loss: minus weight * J(row) is added to the loss, J the mean token log-probability."""
+
+    group: int
+    """Index of the group in the step; rows of one group share its prompt."""
+    kind: Literal["sample", "reference"]
+    token_ids: tuple[int, ...]
+    """[T] the answer's tokens."""
+    logprobs: tuple[float, ...] | None
+    """[T] the rollout's log-probabilities, or None for the reference."""
+    weight: float
+    """Signed, already divided by the step's global count (number of groups)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Packed positions of one forward pass. A group is laid out as [prompt | row | row | ...].
+
+    Each row lacks its last token, whose hidden state would predict nothing.
+
+    N positions in all, M of them targets (answer tokens), K rows. Position numbers restart after the prompt for
+    every row, so each answer sees its prompt and itself and nothing else.
+    """
+
+    token_ids: npt.NDArray[np.int64]
+    """[N]"""
+    positions: npt.NDArray[np.int64]
+    """[N] position numbers for the rotary embedding."""
+    segments: npt.NDArray[np.int32]
+    """[N, 2] (layout, row): number of the prompt's layout in this micro-batch; 0 for the prompt, 1.. for its rows."""
+    predict_at: npt.NDArray[np.int64]
+    """[M] position whose hidden state predicts the target (the prompt's last for a row's first token)."""
+    targets: npt.NDArray[np.int64]
+    """[M] token ids to predict."""
+    weights: npt.NDArray[np.float32]
+    """[M] row weight / row length: the loss is minus the sum of weights * log-probabilities."""
+    behavior_logprobs: npt.NDArray[np.float32]
+    """[M] the rollout's log-probabilities; NaN where there are none (reference)."""
+    row_of: npt.NDArray[np.int64]
+    """[M] index into `rows`."""
+    rows: tuple[int, ...]
+    """[K] index of each row in the step's list of rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowResult:
+    """What the forward pass says of one row, under the parameters before the update."""
+
+    row: int
+    """Index in the step's list of rows."""
+    mean_logprob: float
+    """J, at the loss temperature (objective.temperature)."""
+    gap_sum: float
+    """Sum over tokens of |learner - rollout log-probability|, both at the rollout's temperature; 0 for a reference."""
+    gap_max: float
+    kl_sum: float
+    """Sum over tokens of the k3 estimate of KL(policy | start model); NaN when not asked for."""
+    entropy_sum: float
+    """Sum over tokens of the entropy of the next-token distribution at the loss temperature, in nats."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankReport:
+    """What one learner rank returns from a step."""
+
+    rank: int
+    rows: tuple[RowResult, ...]
+    grad_norm: float
+    """Global L2 norm before clipping, the same on every rank."""
+    learning_rate: float
+    unique_tokens: int
+    """Positions computed by this rank."""
+    nominal_tokens: int
+    """Positions a padded batch of single sequences would hold without padding: sum of P + T over this rank's rows."""
+    micro_batches: int
+    seconds: Mapping[str, float]
+    """Wall seconds by phase: pack, forward_backward, optimizer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One update, merged over the ranks."""
+
+    step: int
+    """Number of updates done, this one included; the version it produces."""
+    loss: float
+    terms: Mapping[str, float]
+    """Value of each term of the objective (exploration, imitation, regulariser), already times its coefficient."""
+    shares: Mapping[str, float]
+    """|term| / sum of |terms|; all 0 where every term is 0."""
+    grad_norm: float
+    learning_rate: float
+    metrics: Mapping[str, float]
+    """Scalars of the step beyond these: advantages, gap, lengths, KL, tokens; see docs/metrics.md."""
+    seconds: Mapping[str, float]

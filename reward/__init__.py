@@ -1,0 +1,1 @@
+"""Reward room: groups to scored groups."""

@@ -1,0 +1,78 @@
+"""From the config to rewards: the check before any worker starts, and the building inside a worker."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+
+from configs.schema import (
+    AnyReward,
+    ExactReward,
+    FunctionReward,
+    LengthReward,
+    NumericReward,
+    ReasoningGymReward,
+    RegexReward,
+    RewardConfig,
+)
+from reward import rules, verified
+from reward.errors import RewardError
+from reward.function import UserReward, load_function
+from reward.interface import Reward
+from reward.scorer import Counts
+from reward.verified import VerifiedReward
+
+
+def check_rewards(config: RewardConfig) -> None:
+    """Refuse rewards that cannot work. Imports users' modules. Raises RewardError naming the field and the fix."""
+    for index, reward in enumerate(config.rewards):
+        field = f"reward.rewards[{index}]"
+        if not math.isfinite(reward.weight):
+            raise RewardError(f"{field}.weight is {reward.weight}; give a finite number")
+        match reward:
+            case RegexReward():
+                _check_pattern(reward.pattern, f"{field}.pattern")
+            case FunctionReward():
+                load_function(reward.path, f"{field}.path")
+            case NumericReward():
+                _check_package("math_verify", "math-verify", field, reward.kind)
+            case ReasoningGymReward():
+                _check_package("reasoning_gym", "reasoning-gym", field, reward.kind)
+            case ExactReward() | LengthReward():
+                pass  # the schema says it all
+
+
+def build_rewards(config: RewardConfig, counts: Counts) -> tuple[Reward, ...]:
+    """The rewards of the config, in its order. Raises RewardError as check_rewards does for a user's function."""
+    return tuple(_build(reward, index, config, counts) for index, reward in enumerate(config.rewards))
+
+
+def _build(reward: AnyReward, index: int, config: RewardConfig, counts: Counts) -> Reward:
+    label, places, limit = reward.label, config.max_concurrent, config.timeout_s
+    match reward:
+        case ExactReward():
+            return rules.RuleReward(label, rules.exact(reward), places)
+        case LengthReward():
+            return rules.RuleReward(label, rules.length(reward), places)
+        case RegexReward():
+            return VerifiedReward(label, reward.kind, verified.regex(reward), limit, counts)
+        case NumericReward():
+            return VerifiedReward(label, reward.kind, verified.numeric, limit, counts)
+        case ReasoningGymReward():
+            return VerifiedReward(label, reward.kind, verified.reasoning_gym, limit, counts)
+        case FunctionReward():
+            function = load_function(reward.path, f"reward.rewards[{index}].path")
+            return UserReward(label, function, reward.options, places)
+
+
+def _check_pattern(pattern: str, field: str) -> None:
+    try:
+        re.compile(pattern, flags=re.DOTALL)
+    except re.error as error:
+        raise RewardError(f"{field} {pattern!r} is no regular expression: {error}") from error
+
+
+def _check_package(module: str, package: str, field: str, kind: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise RewardError(f"{field}: kind '{kind}' needs the package {package}; install it with pip")

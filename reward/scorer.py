@@ -1,0 +1,117 @@
+"""One reward of the config behind its time limit, its retries and the check of what it returns."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from configs.schema import RewardConfig
+from reward.calls import within
+from reward.errors import NotRetryable, RewardError, one_line
+from reward.interface import Answer, Reward
+from rollout.types import Prompt
+
+BACKOFF_S = 0.2
+"""Before further try n wait a random time of up to this times 2**(n - 1)..."""
+LONGEST_BACKOFF_S = 10.0
+"""...but never longer than this."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a reward worker has done since its start."""
+
+    calls: int = 0
+    """Calls of rewards, further tries included."""
+    retries: int = 0
+    """Further tries after a failed call."""
+    undecided: int = 0
+    """Answers of the policy on which a verifier ran out of time or broke; each counts as not verified."""
+    references_computed: int = 0
+    """r(q, y) computed, by reward and prompt."""
+
+
+class Scorer:
+    """Calls one reward. `slots` is shared by all rewards of a worker and bounds the calls in flight."""
+
+    def __init__(self, reward: Reward, config: RewardConfig, slots: asyncio.Semaphore, counts: Counts) -> None:
+        self.reward = reward
+        self._config = config
+        self._places = asyncio.Semaphore(reward.places)
+        self._slots = slots
+        self._counts = counts
+
+    async def values(self, prompt: Prompt, answers: Sequence[Answer]) -> tuple[float, ...]:
+        """One finite number per answer, before the reward's weight.
+
+        Raises RewardError when the last try has failed, or at once where another try cannot help.
+        """
+        tries = 0
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(self._config.retries + 1),
+            wait=wait_random_exponential(multiplier=BACKOFF_S, max=LONGEST_BACKOFF_S),
+            retry=retry_if_exception(lambda error: isinstance(error, Exception) and not _is_final(error)),
+            before_sleep=lambda state: self._note_retry(prompt, state),
+            reraise=True,
+        )
+        try:
+            async for attempt in retrying:
+                with attempt:
+                    tries += 1
+                    return await self._try(prompt, answers)
+        except Exception as error:
+            times = "1 try" if tries == 1 else f"{tries} tries"
+            raise RewardError(
+                f"reward '{self.reward.label}' failed on prompt '{prompt.id}' after {times}: {one_line(error)}"
+            ) from error
+        raise AssertionError("tenacity ends by a return or an error")
+
+    async def _try(self, prompt: Prompt, answers: Sequence[Answer]) -> tuple[float, ...]:
+        async with self._places, self._slots:
+            self._counts.calls += 1
+            await self.reward.start()
+            try:
+                returned = await within(self._config.timeout_s, self.reward.score(prompt, answers))
+            except TimeoutError as error:
+                raise TimeoutError(f"{error} (reward.timeout_s)") from error
+        return validated(returned, len(answers))
+
+    def _note_retry(self, prompt: Prompt, state: RetryCallState) -> None:
+        self._counts.retries += 1
+        cause = state.outcome.exception() if state.outcome is not None else None
+        said = one_line(cause) if cause is not None else "no cause"
+        _log.warning("reward '%s' is tried again on prompt '%s': %s", self.reward.label, prompt.id, said)
+
+
+def _is_final(error: BaseException) -> bool:
+    return isinstance(error, NotRetryable | RewardError)
+
+
+def validated(returned: object, count: int) -> tuple[float, ...]:
+    """What a reward returned, as `count` finite floats (a bool is 0 or 1).
+
+    Raises NotRetryable for a wrong type or length, ValueError for NaN and infinity.
+    """
+    if isinstance(returned, np.ndarray) and returned.ndim == 1:
+        returned = list(returned)
+    if not isinstance(returned, list | tuple):
+        raise NotRetryable(f"it returned {type(returned).__name__}, not a list of {count} numbers, one per answer")
+    if len(returned) != count:
+        raise NotRetryable(f"it returned {len(returned)} numbers for {count} answers")
+    values: list[float] = []
+    for index, value in enumerate(returned):
+        if not isinstance(value, numbers.Real | np.bool_):
+            raise NotRetryable(f"it returned {type(value).__name__}, not a number, for answer {index}")
+        if not math.isfinite(value):
+            raise ValueError(f"it returned {float(value)} for answer {index}")
+        values.append(float(value))
+    return tuple(values)

@@ -1,0 +1,30 @@
+"""Records that leave the reward room. Loads neither torch nor ray nor vllm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rollout.types import Group
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Breakdown:
+    """What one reward of the config gave, before its weight."""
+
+    samples: tuple[float, ...]
+    """[G]"""
+    reference: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroup:
+    """A group with the total reward of every sample and of the reference answer. All values are finite."""
+
+    group: Group
+    rewards: tuple[float, ...]
+    """[G] weighted sum over the rewards of the config."""
+    reference_reward: float
+    """The same sum for the reference answer, r(q, y)."""
+    breakdown: Mapping[str, Breakdown]
+    """By the name of the reward."""

@@ -1,0 +1,1 @@
+"""Rollout room: data set rows to prompts, prompts to groups."""

@@ -1,0 +1,30 @@
+"""Fixtures for every test: one thread, no hub, one tiny model on disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Llama of 0.4M parameters in float32 with tied embeddings."""
+    from tests import tiny
+
+    return tiny.write(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data beside the checkout; a test that needs it is skipped where the folder is missing."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the folder of real data is not beside this checkout")
+    return SHARED_DATA

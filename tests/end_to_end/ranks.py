@@ -1,0 +1,86 @@
+"""Learner ranks as real processes without Ray, for tests."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+from configs.schema import LearnerConfig, ModelConfig, ObjectiveConfig, RolloutConfig
+from learner.worker import LearnerRank
+
+T = TypeVar("T")
+ANSWER_TIMEOUT_S = 300
+
+
+class Ranks:
+    """`world` processes with a LearnerRank each. `call` runs a function of the rank in all of them at once."""
+
+    def __init__(
+        self, model: Path, world: int, learner: LearnerConfig, objective: ObjectiveConfig, rollout: RolloutConfig
+    ) -> None:
+        self.world, self.secret = world, os.urandom(16).hex()
+        context = multiprocessing.get_context("spawn")
+        self._connections: list[Connection] = []
+        self._processes = []
+        settings = (ModelConfig(path=str(model)), learner, objective, rollout)
+        for _ in range(world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, *settings), daemon=True)
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+        address, port = "127.0.0.1", self._ask(0, LearnerRank.host)[1]
+        self.facts = self._all(
+            [(LearnerRank.start, (rank, world, rank, address, port, self.secret)) for rank in range(world)]
+        )
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> list[T]:
+        """The answers of all ranks, or the first one's exception."""
+        return self._all([(function, arguments)] * self.world)
+
+    def close(self) -> None:
+        """Close the ranks and wait for their processes. Raises AssertionError if one does not end by itself."""
+        self.call(LearnerRank.close)
+        for connection, process in zip(self._connections, self._processes, strict=True):
+            connection.send(None)
+            process.join(30)
+            assert process.exitcode == 0, f"rank's process ended with {process.exitcode}"
+
+    def _all(self, requests: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+        with ThreadPoolExecutor(self.world) as pool:
+            futures = [pool.submit(self._ask, rank, *request) for rank, request in enumerate(requests)]
+            failed = [error for future in futures if (error := future.exception()) is not None]
+            if failed:
+                raise failed[0]
+            return [future.result() for future in futures]
+
+    def _ask(self, rank: int, function: Callable[..., Any], arguments: tuple[Any, ...] = ()) -> Any:
+        self._connections[rank].send((function, arguments))
+        if not self._connections[rank].poll(ANSWER_TIMEOUT_S):
+            raise TimeoutError(f"rank {rank} does not answer")
+        fine, answer = self._connections[rank].recv()
+        if not fine:
+            raise answer
+        return answer
+
+
+def _serve(
+    connection: Connection,
+    model: ModelConfig,
+    learner: LearnerConfig,
+    objective: ObjectiveConfig,
+    rollout: RolloutConfig,
+) -> None:
+    rank = LearnerRank(model, learner, objective, rollout, "cpu", seed=3)
+    while (request := connection.recv()) is not None:
+        function, arguments = request
+        try:
+            connection.send((True, function(rank, *arguments)))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the test gets it
+            connection.send((False, error))

@@ -1,0 +1,131 @@
+"""What the learner must compute, the plain way: float64, one sequence at a time, torch's own AdamW and clipping."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from configs.schema import LearnerConfig, ObjectiveConfig, RolloutConfig
+from learner.schedule import learning_rate
+from reward.types import ScoredGroup
+from rollout.types import Group, Prompt, Sample
+
+
+def random_group(
+    number: int, rng: random.Random, samples: int, rewards: Sequence[float] | None = None, equal: bool = False
+) -> ScoredGroup:
+    """A group of random tokens with random or given rewards [samples + 1], the reference's last."""
+
+    def tokens(least: int, most: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(512) for _ in range(rng.randint(least, most)))
+
+    answers = [tokens(1, 12) for _ in range(samples)]
+    if equal:
+        answers = [answers[0]] * samples
+    given = rewards if rewards is not None else [rng.random() for _ in range(samples + 1)]
+    prompt = Prompt(
+        id=f"p{number}",
+        token_ids=tokens(2, 9),
+        text="",
+        reference_ids=tokens(1, 12),
+        reference_text="",
+        rejected_ids=None,
+        rejected_text=None,
+        extra={},
+    )
+    made = tuple(
+        Sample(
+            token_ids=answer,
+            logprobs=tuple(-6 * rng.random() for _ in answer),
+            first_version=0,
+            last_version=0,
+            finish="stop",
+            text="",
+        )
+        for answer in answers
+    )
+    return ScoredGroup(
+        group=Group(prompt=prompt, samples=made),
+        rewards=tuple(given[:-1]),
+        reference_reward=given[-1],
+        breakdown={},
+    )
+
+
+def random_step(seed: int, groups: int = 5, samples: int = 4) -> list[ScoredGroup]:
+    """Groups of one step, among them one without signal and one of equal samples whose reference scores otherwise."""
+    rng = random.Random(seed)
+    made = [random_group(number, rng, samples) for number in range(groups - 2)]
+    made.append(random_group(groups - 2, rng, samples, rewards=[0.5] * (samples + 1)))
+    made.append(random_group(groups - 1, rng, samples, rewards=[0.25] * samples + [1.0], equal=True))
+    return made
+
+
+class Reference:
+    """The learner's arithmetic on one process."""
+
+    def __init__(self, model: Path, learner: LearnerConfig, objective: ObjectiveConfig, rollout: RolloutConfig) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+        self._learner, self._objective, self._rollout = learner, objective, rollout
+        parameters = list(self.model.parameters())
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in parameters if p.dim() > 1], "weight_decay": learner.weight_decay},
+                {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+            ],
+            betas=learner.adam_betas,
+            foreach=False,
+        )
+
+    def step(self, step: int, groups: Sequence[ScoredGroup]) -> tuple[float, float, dict[str, torch.Tensor]]:
+        """One update: (loss, norm before clipping, gradients before clipping)."""
+        self._optimizer.zero_grad()
+        loss = self.loss(groups)
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._learner.max_grad_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(step, self._learner)
+        self._optimizer.step()
+        return float(loss.detach()), float(norm), gradients
+
+    def loss(self, groups: Sequence[ScoredGroup]) -> torch.Tensor:
+        """Minus the objective of Eq. 3, term by term, averaged over the groups."""
+        o = self._objective
+        temperature = self._rollout.temperature if o.temperature == "rollout" else 1.0
+        total = torch.zeros((), dtype=torch.float64)
+        for scored in groups:
+            pool = [*scored.rewards, scored.reference_reward]
+            if o.advantage_group == "samples":
+                pool = list(scored.rewards)
+            mean, std = float(np.mean(pool)), float(np.std(pool))
+            if std == 0:
+                continue
+            a = [(reward - mean) / std for reward in scored.rewards]
+            a_y = (scored.reference_reward - mean) / std
+            prompt = scored.group.prompt
+            j = [self.logprobs(prompt.token_ids, s.token_ids, temperature).mean() for s in scored.group.samples]
+            j_y = self.logprobs(prompt.token_ids, prompt.reference_ids, temperature).mean()
+            count = len(a)
+            total = total + o.alpha / count * sum(x * y for x, y in zip(a, j, strict=True))
+            total = total + o.beta * a_y * j_y
+            total = total + o.lambda_ / count * sum(x * (y - j_y) for x, y in zip(a, j, strict=True))
+        return -total / len(groups)
+
+    def logprobs(self, prompt: tuple[int, ...], answer: tuple[int, ...], temperature: float) -> torch.Tensor:
+        """f64[T]"""
+        return self._distribution(prompt, answer, temperature).gather(1, torch.tensor(answer)[:, None])[:, 0]
+
+    def entropy(self, prompt: tuple[int, ...], answer: tuple[int, ...], temperature: float) -> torch.Tensor:
+        """f64[T] in nats."""
+        log_p = self._distribution(prompt, answer, temperature)
+        return -(log_p.exp() * log_p).sum(1)
+
+    def _distribution(self, prompt: tuple[int, ...], answer: tuple[int, ...], temperature: float) -> torch.Tensor:
+        logits = self.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        return torch.log_softmax(logits / temperature, dim=-1)

@@ -1,0 +1,389 @@
+"""The learner on 1 and 2 ZeRO-3 ranks: real processes, real DeepSpeed, against a plain float64 reference."""
+
+from __future__ import annotations
+
+import glob
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+from configs.schema import LearnerConfig, ObjectiveConfig, RolloutConfig
+from learner import shards
+from learner.errors import LearnerError
+from learner.layout import file_prefix
+from learner.objectives.grao import rows as grao_rows
+from learner.objectives.grao import terms
+from learner.schedule import learning_rate
+from learner.types import RankReport
+from learner.worker import LearnerRank
+from reward.types import ScoredGroup
+from rollout.staging import Staging
+from rollout.types import Parameters
+from tests import tiny
+from tests.end_to_end.ranks import Ranks
+from tests.end_to_end.reference import Reference, random_group, random_step
+
+OBJECTIVE = ObjectiveConfig.model_validate({"alpha": 0.9, "beta": 0.5, "lambda": 0.6})
+ROLLOUT = RolloutConfig(temperature=0.7, dtype="float32", samples_per_prompt=4)
+LEARNER = LearnerConfig(
+    dtype="float32",
+    learning_rate=1e-3,
+    warmup_steps=2,
+    schedule="cosine",
+    steps=8,
+    weight_decay=0.1,
+    max_grad_norm=0.5,
+    tokens_per_micro_batch=64,
+    head_chunk=16,
+    kl_every=2,
+)
+
+
+@pytest.fixture(scope="module")
+def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2 with biases, an untied head, and sizes that two ranks cannot halve."""
+    folder = tmp_path_factory.mktemp("models") / "odd"
+    torch.manual_seed(1)
+    config = Qwen2Config(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=33,
+        head_dim=16,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        eos_token_id=0,
+        bos_token_id=None,
+        pad_token_id=1,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1))
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+class Run:
+    """Ranks with their first checkpoint, to which every test goes back."""
+
+    def __init__(self, model: Path, ranks: Ranks, folder: Path) -> None:
+        self.model, self.ranks, self.folder = model, ranks, folder
+        folder.mkdir()
+        ranks.call(LearnerRank.save, str(folder))
+
+    def reset(self) -> None:
+        self.ranks.call(LearnerRank.load, str(self.folder))
+
+    def step(self, step: int, groups: list[ScoredGroup]) -> list[RankReport]:
+        return self.ranks.call(LearnerRank.train_step, step, groups)
+
+    def publish(self, version: int) -> Parameters:
+        parts = self.ranks.call(LearnerRank.publish, version)
+        return replace(parts[0], pieces=tuple(part.pieces[0] for part in parts))
+
+    def state(self, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+        """Whole float32 parameters and moments by name, out of a checkpoint."""
+        folder.mkdir()
+        self.ranks.call(LearnerRank.save, str(folder))
+        return whole(folder, self.model)
+
+
+def whole(folder: Path, model: Path) -> dict[str, dict[str, torch.Tensor]]:
+    shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_pretrained(model).named_parameters()}
+    names, sizes = tuple(shapes), tuple(shape.numel() for shape in shapes.values())
+    host = torch.device("cpu")
+    [section] = shards.read(str(folder), 0, 1, [shards.Section(names, sizes, {}, 0.0)], host).sections
+    return {
+        state: dict(
+            zip(names, (part.view(shapes[n]) for n, part in zip(names, flat.split(sizes), strict=True)), strict=True)
+        )
+        for state, flat in section.tensors.items()
+    }
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def run(request: pytest.FixtureRequest, odd_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    ranks = Ranks(odd_model, request.param, LEARNER, OBJECTIVE, ROLLOUT)
+    made = Run(odd_model, ranks, tmp_path_factory.mktemp("run") / "start")
+    yield made
+    ranks.close()
+    assert not glob.glob(f"/dev/shm/{file_prefix(ranks.secret)}*")
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-12))
+
+
+def read(parameters: Parameters, path: str) -> dict[str, torch.Tensor]:
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[parameters.dtype]
+    content = Path(path).read_bytes()
+    return {
+        spec.name: torch.frombuffer(bytearray(content[spec.offset : spec.offset + spec.nbytes]), dtype=dtype).view(
+            spec.shape
+        )
+        for spec in parameters.tensors
+    }
+
+
+def test_steps_equal_the_plain_reference(run: Run, tmp_path: Path) -> None:
+    run.reset()
+    reference = Reference(run.model, LEARNER, OBJECTIVE, ROLLOUT)
+    for step in range(1, 4):
+        groups = random_step(step)
+        loss, norm, gradients = reference.step(step, groups)
+        reports = run.step(step, groups)
+        assert min(report.micro_batches for report in reports) > 1, "the budget should make several micro-batches"
+        assert len({report.micro_batches for report in reports}) == 1
+        for report in reports:
+            assert report.grad_norm == pytest.approx(norm, rel=1e-5)
+            assert report.learning_rate == learning_rate(step, LEARNER)
+        mean_logprobs = {row.row: row.mean_logprob for report in reports for row in report.rows}
+        rows = grao_rows(groups, OBJECTIVE)
+        assert sorted(mean_logprobs) == list(range(len(rows)))
+        found = terms(groups, rows, mean_logprobs, OBJECTIVE)
+        assert -sum(found.values()) == pytest.approx(loss, rel=1e-5, abs=1e-7)
+        state = run.state(tmp_path / str(step))
+        if step == 1:
+            clip = max(1.0, norm / LEARNER.max_grad_norm)
+            assert clip > 1, "the step should clip"
+            for name, gradient in gradients.items():
+                # AdamW's first moment after the first step is (1 - beta1) times the clipped gradient
+                first = state["exp_avg"][name] / (1 - LEARNER.adam_betas[0]) * clip
+                assert relative(first, gradient) < 1e-5, name
+        for name, parameter in reference.model.named_parameters():
+            assert relative(state["master"][name], parameter.detach()) < 1e-5, name
+
+
+def test_rows_say_what_the_reference_says(run: Run) -> None:
+    run.reset()
+    reference = Reference(run.model, LEARNER, OBJECTIVE, ROLLOUT)
+    start = Reference(run.model, LEARNER, OBJECTIVE, ROLLOUT)
+    for step in (1, 2):
+        groups = random_step(10 + step)
+        reports = run.step(step, groups)
+        rows = grao_rows(groups, OBJECTIVE)
+        results = {result.row: result for report in reports for result in report.rows}
+        nominal = 0
+        with torch.no_grad():
+            for index, row in enumerate(rows):
+                prompt = groups[row.group].group.prompt.token_ids
+                nominal += len(prompt) + len(row.token_ids)
+                logprobs = reference.logprobs(prompt, row.token_ids, 0.7)
+                gap = torch.zeros(1, dtype=torch.float64)
+                if row.logprobs is not None:
+                    gap = (logprobs - torch.tensor(row.logprobs, dtype=torch.float64)).abs()
+                ratio = start.logprobs(prompt, row.token_ids, 0.7) - logprobs
+                kl = float((ratio.exp() - ratio - 1).sum())
+                result = results[index]
+                assert result.mean_logprob == pytest.approx(float(logprobs.mean()), rel=1e-5)
+                assert result.gap_sum == pytest.approx(float(gap.sum()), rel=1e-5)
+                assert result.gap_max == pytest.approx(float(gap.max()), rel=1e-5)
+                entropy = float(reference.entropy(prompt, row.token_ids, 0.7).sum())
+                assert result.entropy_sum == pytest.approx(entropy, rel=1e-5)
+                if step == LEARNER.kl_every:
+                    assert result.kl_sum == pytest.approx(kl, rel=1e-3, abs=1e-6)
+                    assert kl > 0
+                else:
+                    assert math.isnan(result.kl_sum)
+        assert sum(report.nominal_tokens for report in reports) == nominal
+        assert sum(report.unique_tokens for report in reports) < nominal
+        reference.step(step, groups)
+
+
+def test_a_step_without_signal_changes_nothing(run: Run, tmp_path: Path) -> None:
+    run.reset()
+    import random
+
+    groups = [random_group(n, random.Random(n), 4, rewards=[1.0] * 5) for n in range(3)]
+    run.step(1, random_step(1))
+    before = run.state(tmp_path / "before")
+    for report in run.step(2, groups):
+        assert report.grad_norm == 0.0
+        assert report.rows == ()
+        assert report.micro_batches == 0
+        assert report.learning_rate == learning_rate(2, LEARNER)
+    after = run.state(tmp_path / "after")
+    assert all(torch.equal(after[s][name], tensor) for s, named in before.items() for name, tensor in named.items())
+
+
+def test_fewer_rows_than_ranks(run: Run, tmp_path: Path) -> None:
+    run.reset()
+    import random
+
+    # the samples' own mean is 0 and only the reference differs: with alpha and lambda on all rows have weight
+    groups = [random_group(0, random.Random(5), 2)]
+    reference = Reference(run.model, LEARNER, OBJECTIVE, ROLLOUT)
+    _, norm, _ = reference.step(1, groups)
+    for report in run.step(1, groups):
+        assert report.grad_norm == pytest.approx(norm, rel=1e-5)
+    state = run.state(tmp_path / "state")
+    for name, parameter in reference.model.named_parameters():
+        assert relative(state["master"][name], parameter.detach()) < 1e-5, name
+
+
+def test_published_bytes_are_the_parameters(run: Run, tmp_path: Path) -> None:
+    run.reset()
+    original = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32)
+    staging = Staging()
+    for version in range(3):
+        if version:
+            run.step(version, random_step(version))
+        parameters = run.publish(version)
+        expected = run.state(tmp_path / str(version))["master"]
+        if version == 0:
+            assert all(torch.equal(expected[name], p.detach()) for name, p in original.named_parameters())
+        assert [spec.name for spec in parameters.tensors] == [name for name, _ in original.named_parameters()]
+        remote = replace(
+            parameters, pieces=tuple(replace(piece, path="/dev/shm/nowhere") for piece in parameters.pieces)
+        )
+        for notice in (parameters, remote):  # out of shared memory, and over the ranks' servers
+            found = read(notice, staging.fetch(notice))
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    staging.close()
+
+
+def test_loading_goes_back_bit_for_bit(run: Run, tmp_path: Path) -> None:
+    run.reset()
+    run.step(1, random_step(1))
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    run.ranks.call(LearnerRank.save, str(saved))
+    ahead = [run.step(step, random_step(step)) for step in (2, 3)]
+    expected = run.state(tmp_path / "ahead")
+    run.ranks.call(LearnerRank.load, str(saved))
+    again = [run.step(step, random_step(step)) for step in (2, 3)]
+    found = run.state(tmp_path / "again")
+    for one, other in zip(ahead, again, strict=True):
+        assert [r.grad_norm for r in one] == [r.grad_norm for r in other]
+    assert all(torch.equal(found[s][name], tensor) for s, named in expected.items() for name, tensor in named.items())
+
+
+def test_export_is_a_model_that_transformers_loads(run: Run, tmp_path: Path) -> None:
+    run.reset()
+    run.step(1, random_step(1))
+    folder = tmp_path / "export"
+    folder.mkdir()
+    run.ranks.call(LearnerRank.export, str(folder))
+    expected = run.state(tmp_path / "state")["master"]
+    loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in loaded.named_parameters())
+    original = AutoTokenizer.from_pretrained(run.model)
+    messages = [{"role": "user", "content": "2+3="}]
+    assert AutoTokenizer.from_pretrained(folder).apply_chat_template(messages) == original.apply_chat_template(messages)
+    reference = Reference(folder, LEARNER, OBJECTIVE, ROLLOUT)
+    assert torch.isfinite(reference.loss(random_step(4)))
+
+
+def poison(rank: LearnerRank, folder: str) -> None:
+    """Go on from a checkpoint whose norms and biases are not numbers."""
+    [path] = Path(folder).glob(f"learner-{rank._rank:04d}-*.pt")
+    content = torch.load(path, weights_only=True)
+    content["sections"][-1]["master"][:] = math.nan
+    torch.save(content, path)
+    rank.load(folder)
+
+
+def test_a_loss_that_is_not_finite_is_refused(run: Run, tmp_path: Path) -> None:
+    run.reset()
+    folder = tmp_path / "poisoned"
+    folder.mkdir()
+    run.ranks.call(LearnerRank.save, str(folder))
+    run.ranks.call(poison, str(folder))
+    groups = random_step(2)
+    with pytest.raises(LearnerError, match=r"step 6: .* prompt 'p\d' is not finite; the parameters are unchanged"):
+        run.step(6, groups)
+    run.reset()
+    reference = Reference(run.model, LEARNER, OBJECTIVE, ROLLOUT)
+    _, norm, _ = reference.step(1, groups)
+    assert run.step(1, groups)[0].grad_norm == pytest.approx(norm, rel=1e-5)  # nothing of the failed step is left
+
+
+def overflow(rank: LearnerRank, groups: list[ScoredGroup]) -> None:
+    """A step whose losses are finite and whose gradient is not."""
+    from learner.packing import plan
+
+    rows = grao_rows(groups, OBJECTIVE)
+    prompts = [scored.group.prompt.token_ids for scored in groups]
+    batches = [
+        replace(batch, weights=batch.weights * 1e38) for batch in plan(rows, prompts, rank._world, 64)[rank._rank]
+    ]
+    rank._engine.forward_backward(batches, 0.7, 0.7)
+    rank._engine.update(9, 1e-3)
+
+
+def test_a_gradient_that_is_not_finite_is_refused(run: Run, tmp_path: Path) -> None:
+    run.reset()
+    run.step(1, random_step(1))
+    before = run.state(tmp_path / "before")
+    with pytest.raises(LearnerError, match="step 9: the gradient's norm is not finite"):
+        run.ranks.call(overflow, random_step(2))
+    after = run.state(tmp_path / "after")
+    assert all(torch.equal(after[s][name], tensor) for s, named in before.items() for name, tensor in named.items())
+
+
+def test_a_checkpoint_moves_between_numbers_of_ranks(run: Run, odd_model: Path, tmp_path: Path) -> None:
+    run.reset()
+    run.step(1, random_step(1))
+    before = run.state(tmp_path / "before")
+    other = 3 - run.ranks.world  # as if the other number of ranks had written it
+    folder = tmp_path / "other"
+    folder.mkdir()
+    sizes = {name: tensor.numel() for name, tensor in before["master"].items()}
+    wanted = [shards.Section(tuple(sizes), tuple(sizes.values()), {}, 0.0)]
+    for rank in range(other):
+        shards.write(str(folder), shards.read(str(tmp_path / "before"), rank, other, wanted, torch.device("cpu")))
+    expected = [report.grad_norm for report in run.step(2, random_step(2))]
+    run.ranks.call(LearnerRank.load, str(folder))
+    assert [report.grad_norm for report in run.step(2, random_step(2))] == expected
+
+
+BF16 = LEARNER.model_copy(update={"dtype": "bfloat16", "kl_every": 0, "max_grad_norm": 1e3})
+WIRE16 = ROLLOUT.model_copy(update={"dtype": "bfloat16"})
+
+
+def test_bfloat16_resumes_in_new_processes(tiny_model: Path, tmp_path: Path) -> None:
+    """Tied embeddings, activation checkpointing, 16-bit wire; the second run's processes know only the checkpoint."""
+    ranks = Ranks(tiny_model, 2, BF16, OBJECTIVE, WIRE16)
+    first = Run(tiny_model, ranks, tmp_path / "start")
+    reference = Reference(tiny_model, BF16, OBJECTIVE, WIRE16)
+    _, norm, _ = reference.step(1, random_step(1))
+    assert first.step(1, random_step(1))[0].grad_norm == pytest.approx(norm, rel=3e-2)
+    saved = first.state(tmp_path / "saved")
+    first.step(2, random_step(2))
+    parameters = first.publish(2)
+    published = read(parameters, parameters.pieces[0].path)
+    expected = first.state(tmp_path / "two")
+    assert all(torch.equal(published[name], tensor.bfloat16()) for name, tensor in expected["master"].items())
+    assert any(not torch.equal(t, t.bfloat16().float()) for t in expected["master"].values()), "masters are float32"
+    folder = tmp_path / "export"
+    folder.mkdir()
+    ranks.call(LearnerRank.export, str(folder))
+    ranks.close()
+    assert not glob.glob(f"/dev/shm/{file_prefix(ranks.secret)}*")
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert all(torch.equal(p, published[name]) for name, p in loaded.named_parameters())
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+    again = Ranks(tiny_model, 2, BF16, OBJECTIVE, WIRE16)
+    second = Run(tiny_model, again, tmp_path / "ignored")
+    again.call(LearnerRank.load, str(tmp_path / "saved"))
+    restored = second.state(tmp_path / "restored")
+    assert all(torch.equal(restored[s][n], tensor) for s, named in saved.items() for n, tensor in named.items())
+    second.step(2, random_step(2))
+    found = second.state(tmp_path / "two again")
+    assert all(torch.equal(found[s][n], tensor) for s, named in expected.items() for n, tensor in named.items())
+    parameters = second.publish(2)
+    assert all(torch.equal(t, published[n]) for n, t in read(parameters, parameters.pieces[0].path).items())
+    again.close()
+    assert not glob.glob(f"/dev/shm/{file_prefix(again.secret)}*")

@@ -1,0 +1,242 @@
+"""Whole runs from the command line: real Ray, vLLM and DeepSpeed on a tiny model."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.end_to_end.harness import (
+    ROOT,
+    config,
+    environment,
+    family,
+    grao,
+    lines,
+    living,
+    start_grao,
+    wait_until,
+    write_config,
+    write_rows,
+)
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+def test_a_whole_run_learns_and_leaves_everything(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    tree = config(
+        tiny_model,
+        folder,
+        rows,
+        learner={"steps": 24, "ranks": 2, "learning_rate": 3e-3, "kl_every": 6},
+        run={"checkpoint_every": 8, "keep_checkpoints": 2, "evaluate_every": 12},
+    )
+    done = grao("train", write_config(tmp_path / "c.yaml", tree))
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = lines(folder / "steps.jsonl")
+    assert [step["step"] for step in steps] == list(range(1, 25))
+    # float32 on both sides: what the learner and the engine say of the same tokens differs by rounding only
+    gaps = [step["metrics"]["gap/mean"] for step in steps if step["metrics"]["group/without_signal"] < 1]
+    assert len(gaps) >= 5  # once the task is solved all rewards are equal, and there is nothing to compute
+    assert max(gaps) < 1e-4
+    assert sum(step["metrics"]["reward/mean"] for step in steps[-4:]) > 4 * 0.5
+    assert math.isclose(sum(steps[0]["shares"].values()), 1)
+    scores = [record["metrics"]["reward/mean"] for record in lines(folder / "evaluations.jsonl")]
+    assert len(scores) == 3
+    assert scores[0] < 0.1
+    assert scores[-1] > 0.9
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000016", "step-000024"]
+    samples = lines(folder / "samples.jsonl")
+    assert len(samples) == 24 * 4
+    assert (folder / "config.yaml").is_file()
+    assert list((folder / "tensorboard").iterdir())
+    for words in ("held-out reward before", "held-out reward after", "exported model", "train further"):
+        assert words in done.stdout
+    check_export(folder / "model")
+    again = grao("train", tmp_path / "c.yaml")
+    assert again.returncode == 1
+    assert "grao resume" in again.stderr
+    assert len(again.stderr.strip().splitlines()) == 1
+
+
+def check_export(folder: Path) -> None:
+    """The exported folder is a Hugging Face model that learned: it answers what it was trained to answer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 99 + 1?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    answer = model.generate(**asked, max_new_tokens=12, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == "12"
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "rewards", "ranks", "staleness"),
+    [(2, 1, 2, 1), (1, 2, 2, 0)],
+)
+def test_three_numbers_scale_apart(
+    rollouts: int, rewards: int, ranks: int, staleness: int, tiny_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    tree = config(
+        tiny_model,
+        folder,
+        rows,
+        rollout={"workers": rollouts, "max_staleness": staleness, "cpus_per_worker": 0.4},
+        reward={"workers": rewards},
+        learner={"ranks": ranks, "steps": 6},
+    )
+    done = grao("train", write_config(tmp_path / "c.yaml", tree))
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = lines(folder / "steps.jsonl")
+    assert len(steps) == 6
+    ages = [step["metrics"]["staleness/max"] for step in steps]
+    assert max(ages) == staleness  # the bound holds, and with staleness 1 it is used
+    trained = [sample["id"] for sample in lines(folder / "samples.jsonl")]
+    assert len(trained) == len(set(trained)) == 24  # no prompt twice in the first pass, none left out
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_as_if_it_had_never_stopped(
+    tiny_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    arbitrary = {"rewards": [{"kind": "function", "path": "tests.end_to_end.harness:arbitrary"}]}
+    tree = config(tiny_model, whole, rows, reward=arbitrary, learner={"steps": 40})
+    done = grao("train", write_config(tmp_path / "whole.yaml", tree))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    tree["run"]["folder"] = str(cut)
+    running = start_grao(tmp_path / "log", "train", write_config(tmp_path / "cut.yaml", tree))
+    wait_until(lambda: len(lines_so_far(cut)) >= 3, 300, "three steps")
+    ours = [process for process in family(running.pid) if "Agent" not in process.name()]  # Ray's own take minutes
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    wait_until(lambda: not living(ours), 120, f"the end of {ours}")
+
+    resumed = grao("resume", cut)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "going on from checkpoint step-0000" in resumed.stdout
+    resumed_steps, whole_steps = lines(cut / "steps.jsonl"), lines(whole / "steps.jsonl")
+    assert [step["step"] for step in resumed_steps] == list(range(1, 41))
+    for one, other in zip(resumed_steps, whole_steps, strict=True):
+        assert one["metrics"]["reward/mean"] == other["metrics"]["reward/mean"]
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def lines_so_far(folder: Path) -> list[str]:
+    file = folder / "steps.jsonl"
+    return file.read_text().splitlines() if file.is_file() else []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_everything_that_the_run_started(
+    number: signal.Signals, tiny_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    tree = config(tiny_model, folder, rows, learner={"steps": 1000})
+    log = tmp_path / "log"
+    running = start_grao(log, "train", write_config(tmp_path / "c.yaml", tree))
+    wait_until(lambda: len(lines_so_far(folder)) >= 2 or running.poll() is not None, 300, "two steps")
+    everybody = family(running.pid)
+    assert len(everybody) > 4, log.read_text()
+    if number == signal.SIGINT:
+        second = grao("train", tmp_path / "c.yaml")
+        assert second.returncode == 1
+        assert f"is in use by process {running.pid}" in second.stderr
+    os.kill(running.pid, number)
+    assert running.wait(timeout=90) == 130, log.read_text()
+    wait_until(lambda: not living(everybody), 30, "the end of every process")
+    assert "Traceback" not in log.read_text()
+
+
+def test_a_submitted_job_runs_on_a_cluster_with_token_authentication(
+    tiny_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    file = write_config(tmp_path / "c.yaml", config(tiny_model, folder, rows, learner={"steps": 2}))
+    variables = {**environment(), "RAY_AUTH_MODE": "token"}
+    ray = str(Path(sys.executable).with_name("ray"))
+    python = sys.executable
+    ports = free_ports(2)
+    start = [ray, "start", "--head", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--num-cpus=2",
+             "--object-store-memory=200000000", f"--temp-dir={short_folder(tmp_path)}", "--block"]  # fmt: skip
+    with (tmp_path / "ray.log").open("wb") as log:
+        head = subprocess.Popen(start, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        address = f"http://127.0.0.1:{ports[1]}"
+        wait_until(lambda: reachable(ports[1]) or head.poll() is not None, 90, "the dashboard")
+        submit = [ray, "job", "submit", f"--address={address}", "--working-dir", str(ROOT), "--",
+                  python, "-m", "cluster.main", "train", str(file)]  # fmt: skip
+        done = subprocess.run(submit, env=variables, capture_output=True, text=True, timeout=400, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "succeeded" in done.stdout
+        assert len(lines(folder / "steps.jsonl")) == 2
+        assert (folder / "model" / "model.safetensors").is_file()
+    finally:
+        everybody = family(head.pid)
+        head.terminate()
+        head.wait(timeout=60)
+        for process in living(everybody):
+            process.kill()
+
+
+def free_ports(count: int) -> list[int]:
+    import socket
+
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def reachable(port: int) -> bool:
+    import socket
+
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def short_folder(tmp_path: Path) -> str:
+    """Ray's sockets need a short path."""
+    import tempfile
+
+    return tempfile.mkdtemp(prefix="ray", dir="/tmp")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("rollout.workers=99", "rollout.workers 99 x 0.5"),
+        ("model.path=/no/such/folder", "model.path '/no/such/folder' holds no config.json"),
+        ("data.train=/no/such/file.jsonl", "data.train"),
+        ("learner.stepz=3", "did you mean 'learner.steps'"),
+        ("data.max_prompt_tokens=5000", "learner.tokens_per_micro_batch"),
+    ],
+)
+def test_an_impossible_run_is_refused_in_one_line_before_any_worker_starts(
+    override: str, expected: str, tiny_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    file = write_config(tmp_path / "c.yaml", config(tiny_model, tmp_path / "run", rows))
+    done = grao("train", file, override)
+    assert done.returncode == 1
+    assert expected in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not lines(tmp_path / "run" / "steps.jsonl")

@@ -1,0 +1,149 @@
+"""Shared-prompt attention against a dense mask in float64, and the models that it refuses."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig
+
+from learner.attention import ModelError, attend, check_attention, shared_map
+
+DEVICE = torch.device("cpu")
+Layouts = list[tuple[int, list[int]]]
+"""(prompt length, answer lengths) each."""
+
+
+def pack(layouts: Layouts) -> tuple[np.ndarray, torch.Tensor]:
+    """Segments [N, 2] and position numbers i64[N]."""
+    segments, positions = [], []
+    for number, (prompt, answers) in enumerate(layouts):
+        segments += [(number, 0)] * prompt
+        positions += range(prompt)
+        for place, answer in enumerate(answers, start=1):
+            segments += [(number, place)] * answer
+            positions += range(prompt, prompt + answer)
+    return np.array(segments, dtype=np.int32), torch.tensor(positions)
+
+
+def dense(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: np.ndarray, positions: torch.Tensor,
+    scaling: float, window: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """Softmax over all N positions under the rule itself: same layout, the prompt or the same row, not later."""
+    layout, row = torch.from_numpy(segments).T
+    looks = (layout[:, None] == layout) & ((row == 0) | (row[:, None] == row)) & (positions[:, None] >= positions)
+    if window is not None:
+        looks &= positions[:, None] - positions < window
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (one.double().repeat_interleave(repeats, dim=1) for one in (key, value))
+    scores = (query.double() @ key.transpose(2, 3) * scaling).masked_fill(~looks, float("-inf"))
+    return (torch.softmax(scores, -1) @ value).transpose(1, 2)
+
+
+CASES: list[Layouts] = [
+    [(1, [])],
+    [(5, [3])],
+    [(1, [1, 2]), (4, [])],
+    [(7, [3, 1, 9]), (2, [4, 4]), (30, [1])],
+    [(70, [3, 80, 140]), (3, [65, 64]), (64, [1]), (200, [2, 10])],
+]
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 66])
+@pytest.mark.parametrize(("heads", "kv_heads", "value_size"), [(4, 2, 8), (3, 3, 5)])
+@pytest.mark.parametrize("layouts", CASES, ids=str)
+def test_values_and_gradients(layouts: Layouts, heads: int, kv_heads: int, value_size: int, window: int | None) -> None:
+    segments, positions = pack(layouts)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(heads, 8), (kv_heads, 8), (kv_heads, value_size)]
+    made = [torch.randn(1, h, len(positions), d, generator=generator).requires_grad_() for h, d in shapes]
+    plain = [one.detach().double().requires_grad_() for one in made]
+    found, _ = attend(
+        torch.nn.Identity(), *made, None, scaling=0.5, shared_map=shared_map(segments, DEVICE), sliding_window=window
+    )
+    wanted = dense(*plain, segments, positions, 0.5, window)
+    assert found.shape == (1, len(positions), heads, value_size)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    direction = torch.randn(found.shape, generator=generator)
+    found.backward(direction)
+    wanted.backward(direction.double())
+    for one, other in zip(made, plain, strict=True):
+        assert one.grad is not None
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_random_layouts() -> None:
+    draw = random.Random(0)
+    for _ in range(30):
+        layouts = [
+            (draw.randint(1, 90), [draw.randint(1, 90) for _ in range(draw.randint(0, 4))])
+            for _ in range(draw.randint(1, 5))
+        ]
+        segments, positions = pack(layouts)
+        q, k, v = (torch.randn(1, 2, len(positions), 4) for _ in range(3))
+        window = draw.choice([None, draw.randint(1, 100)])
+        found, _ = attend(
+            torch.nn.Identity(), q, k, v, None, 0.3, shared_map=shared_map(segments, DEVICE), sliding_window=window
+        )
+        wanted = dense(q, k, v, segments, positions, 0.3, window)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_stays_small() -> None:
+    """Answers of very different lengths are not padded to the longest."""
+    segments, _ = pack([(100, [1000, *[30] * 40])])
+    shared = shared_map(segments, DEVICE)
+    assert len(shared.source) <= 1.1 * len(segments)
+    scores = sum(one.mask(None).numel() for one in shared.answers)
+    assert scores <= 1000 * 1100 + 40 * 30 * 130
+
+
+def test_masks_are_made_once_for_all_layers() -> None:
+    segments, _ = pack([(5, [3, 4])])
+    shared = shared_map(segments, DEVICE)
+    assert shared.masks(None) is shared.masks(100)  # a window that sees everything is none
+    assert shared.masks(3) is shared.masks(3)
+    assert shared.masks(3) is not shared.masks(None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"s_aux": torch.zeros(2)}, "s_aux"),
+        ({"softcap": 30.0}, "softcap"),
+        ({"attention_mask": torch.zeros(1, 1, 8, 8)}, "a mask of its own"),
+        ({"is_causal": False}, "not causal"),
+        ({"shared_map": None}, "without the keyword 'shared_map'"),
+    ],
+)
+def test_what_a_layer_may_not_ask_for(asked: dict[str, Any], message: str) -> None:
+    segments, _ = pack([(5, [3])])
+    q, k, v = (torch.randn(1, 2, 8, 4) for _ in range(3))
+    given = {"attention_mask": None, "shared_map": shared_map(segments, DEVICE), "use_cache": False} | asked
+    with pytest.raises(ModelError, match=message):
+        attend(torch.nn.Identity(), q, k, v, **given)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("gemma2", {}, "caps attention scores"),
+        ("lfm2", {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}, "layers of type conv"),
+        ("qwen3_next", {}, "layers of type linear_attention"),
+        ("llama4_text", {}, "layers of type chunked_attention"),
+        ("llama", {"is_causal": False}, "later tokens"),
+    ],
+)
+def test_models_refused_by_their_config(family: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=rf"^model\.path: {family} .*{message}"):
+        check_attention(AutoConfig.for_model(family, **settings))
+
+
+def test_models_accepted_by_their_config() -> None:
+    for family, windowed in itertools.product(("llama", "qwen2", "qwen3", "mistral", "gemma3_text"), (False, True)):
+        check_attention(AutoConfig.for_model(family, **({"sliding_window": 8} if windowed else {})))

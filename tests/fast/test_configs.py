@@ -1,0 +1,140 @@
+"""The config as a user meets it: a YAML file, overrides, and one clear line when something is wrong."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from configs.load import ConfigError, as_tree, field_names, fingerprint, load, parse, resolved
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs"
+SMALL: dict[str, Any] = {
+    "model": {"path": "some/model"},
+    "data": {"train": "rows.jsonl", "max_prompt_tokens": 32, "max_reference_tokens": 16},
+    "rollout": {"max_new_tokens": 16},
+    "reward": {"rewards": [{"kind": "exact"}]},
+    "learner": {"tokens_per_micro_batch": 48},
+    "run": {"folder": "runs/x"},
+}
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.yaml")), ids=lambda file: file.name)
+def test_every_example_is_valid_short_and_reads_back_the_same(file: Path, tmp_path: Path) -> None:
+    config = load(file)
+    assert len(file.read_text().splitlines()) <= 45
+    written = tmp_path / "config.yaml"
+    written.write_text(resolved(config))
+    assert load(written) == config
+    assert fingerprint(load(written)) == fingerprint(config)
+
+
+def test_overrides_reach_sections_lists_and_options() -> None:
+    config = parse(
+        SMALL,
+        [
+            "learner.learning_rate=2e-5",
+            "objective.lambda=0.25",
+            "data.generator.min_digits=3",
+            "rollout.stop=[a, b]",
+            "reward.rewards.0.weight=2",
+            "data.system=null",
+        ],
+    )
+    assert config.learner.learning_rate == 2e-5
+    assert config.objective.lambda_ == 0.25
+    assert config.data.generator == {"min_digits": 3}
+    assert config.rollout.stop == ("a", "b")
+    assert config.reward.rewards[0].weight == 2
+    assert as_tree(config)["objective"]["lambda"] == 0.25
+
+
+def test_a_learning_rate_without_a_dot_is_a_number(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(SMALL) + "\nobjective: {beta: 5e-1}\n")
+    assert load(file).objective.beta == 0.5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["learner.learning_rat=1"], "unknown key 'learner.learning_rat'; did you mean 'learner.learning_rate'?"),
+        (["learner.beta=1"], "did you mean 'objective.beta'?"),
+        (["rollout.workers=two"], "'rollout.workers' is \"two\": input should be a valid integer"),
+        (["rollout.samples_per_prompt=1"], "'rollout.samples_per_prompt' is 1: input should be greater than or equal"),
+        (["learner.tokens_per_micro_batch=47"], "raise it to 48 or more"),
+        (["learner.transport=nccl"], "needs cluster.device: gpu"),
+        (["cluster.device=gpu", "cluster.colocate=true"], "learner.transport: ipc go together"),
+        (["objective.alpha=0", "objective.beta=0", "objective.lambda=0"], "nothing would be learned"),
+        (["learner.warmup_steps=101"], "learner.warmup_steps is above learner.steps"),
+        (["run.evaluate_every=5", "data.heldout_rows=0"], "set data.heldout_rows"),
+        (["nonsense"], "must look like section.key=value"),
+        (["model.path=null"], "'model.path' is null"),
+        (["reward.rewards.0.kind=exakt"], "'exakt'"),
+        (["reward.rewards.0.ignore_cas=true"], "did you mean 'reward.rewards.0.exact.ignore_case'"),
+        (["reward.rewards.3.kind=exact"], "reward.rewards.3.kind=exact"),
+    ],
+)
+def test_a_wrong_config_is_refused_in_one_line(overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(SMALL, overrides)
+    message = str(caught.value)
+    assert expected in message
+    assert "\n" not in message
+
+
+def test_unknown_and_missing_keys_of_the_file_are_named() -> None:
+    wrong = copy.deepcopy(SMALL)
+    wrong["rolout"] = {}
+    with pytest.raises(ConfigError, match="unknown key 'rolout'; did you mean 'rollout'"):
+        parse(wrong)
+    missing = {key: value for key, value in SMALL.items() if key != "run"}
+    with pytest.raises(ConfigError, match="'run' is missing"):
+        parse(missing)
+
+
+def test_two_rewards_need_two_names() -> None:
+    twice = copy.deepcopy(SMALL)
+    twice["reward"]["rewards"] *= 2
+    with pytest.raises(ConfigError, match="two rewards are called 'exact'"):
+        parse(twice)
+
+
+def test_a_missing_file_names_its_neighbour() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean 'quickstart.yaml'"):
+        load(FOLDER / "quikstart.yaml")
+
+
+def test_a_config_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        parse(SMALL).learner.steps = 3  # type: ignore[misc]
+
+
+def test_every_field_is_explained() -> None:
+    from configs import schema
+
+    for name in dir(schema):
+        section = getattr(schema, name)
+        if isinstance(section, type) and issubclass(section, schema.Section) and section is not schema.Config:
+            silent = [
+                key
+                for key, field in section.model_fields.items()
+                if not field.description
+                and key not in ("kind", "ignore_case", "pattern", "path")
+                and "chars" not in key
+                and key != "slope"
+            ]
+            assert not silent, f"{name} has fields without a docstring: {silent}"
+
+
+def test_the_number_of_settings_grows_only_on_purpose() -> None:
+    assert len(list(field_names())) <= 80
+
+
+def test_the_config_explained_in_the_readme_is_valid() -> None:
+    text = (FOLDER.parent / "README.md").read_text()
+    block = text.split("```yaml")[1].split("```")[0]
+    assert parse(yaml.safe_load(block)).learner.ranks == 4

@@ -1,0 +1,137 @@
+"""The policy around a Hugging Face model: what it keeps, what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoModelForCausalLM
+
+from learner.attention import ModelError
+from learner.model import PolicyModel, build_model, to_tensors
+from learner.packing import plan
+from learner.types import MicroBatch, Row
+from tests.learner_cases import write_model
+
+DEVICE = torch.device("cpu")
+
+
+def build(folder: Path, checkpointing: bool = False) -> PolicyModel:
+    return build_model(str(folder), "float32", trust_remote_code=False, activation_checkpointing=checkpointing)
+
+
+def batch() -> MicroBatch:
+    rows = [
+        Row(group=0, kind="sample", token_ids=(7, 8, 9), logprobs=None, weight=1.0),
+        Row(group=0, kind="reference", token_ids=(5, 2), logprobs=None, weight=-0.5),
+    ]
+    [[made]] = plan(rows, [(3, 4)], 1, 64)
+    return made
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_names_and_export_are_the_original_models(tie: bool, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "original", "llama", tie_word_embeddings=tie)
+    policy = build(folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert list(policy.hf.state_dict()) == list(plain.state_dict())
+    assert [name for name, _ in policy.hf.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    policy.hf.save_pretrained(tmp_path / "again")
+    before, after = (safetensors.torch.load_file(tmp_path / one / "model.safetensors") for one in ("original", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_checkpointed_layers_run_again_in_backward(tmp_path: Path) -> None:
+    """The same gradients, with every layer's attention computed twice; without checkpointing, once."""
+    folder = write_model(tmp_path, "llama")
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        policy = build(folder, checkpointing)
+        seen: list[str] = []
+        for layer in policy.hf.model.layers:
+            layer.self_attn.register_forward_hook(lambda *_, seen=seen: seen.append("run"))
+        policy.train()
+        policy(to_tensors(batch(), DEVICE), 1.0, 1.0, 8).loss.backward()
+        gradients.append([parameter.grad for parameter in policy.parameters()])
+        calls.append(len(seen))
+    assert calls == [2, 4]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        (
+            "opt",
+            {"word_embed_proj_dim": 32, "ffn_dim": 48, "dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5},
+        ),
+        (
+            "phimoe",
+            {"num_local_experts": 4, "router_jitter_noise": 0.9, "sliding_window": None},
+        ),  # samples its experts while training
+    ],
+)
+def test_training_mode_adds_no_noise(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Noise of the model's own training mode would make log-probabilities differ from the rollout's."""
+    policy = build(write_model(tmp_path, family, **options), checkpointing=True)
+    policy.train()
+    outputs = [policy(to_tensors(batch(), DEVICE), 1.0, 1.0, 8).logprobs for _ in range(5)]
+    policy.eval()
+    outputs.append(policy(to_tensors(batch(), DEVICE), 1.0, 1.0, 8).logprobs)
+    assert all(torch.equal(one, outputs[0]) for one in outputs)
+
+
+def test_a_batch_without_targets_reaches_every_parameter(tmp_path: Path) -> None:
+    policy = build(write_model(tmp_path, "llama", tie_word_embeddings=False))
+    [[empty]] = plan([], [(3, 4)], 1, 64)
+    output = policy(to_tensors(empty, DEVICE), 0.7, 0.7, 8)
+    output.loss.backward()
+    assert output.loss.item() == 0
+    for name, parameter in policy.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() == 0
+
+
+def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "llama", tie_word_embeddings=False)
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"has no weights for lm_head\.weight"):
+        build(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("gptj", {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4}, "does not let its attention be replaced"),
+        ("bloom", {"n_layer": 1, "n_head": 4}, "does not let its attention be replaced"),
+        (
+            "minicpm3",
+            {
+                "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+                "num_key_value_heads": 4, "dim_model_base": 16,
+            },
+            "changes its hidden states or logits",
+        ),
+        ("ctrl", {"n_embd": 32, "n_layer": 1, "n_head": 4, "dff": 48}, "activation_checkpointing: ctrl cannot"),
+    ],
+)  # fmt: skip
+def test_models_refused_by_their_code(family: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = write_model(tmp_path, family, **options)
+    with pytest.raises(ModelError, match=message):
+        build(folder, checkpointing=True)
+
+
+def test_a_leak_between_answers_is_noticed(tmp_path: Path) -> None:
+    """A layer that mixes neighbouring positions, as a convolution would."""
+    policy = build(write_model(tmp_path, "llama"))
+    policy.check_isolation(DEVICE)
+    policy.hf.model.layers[0].register_forward_hook(lambda _, __, output: output + 0.1 * output.roll(1, dims=1))
+    with pytest.raises(ModelError, match="when another answer shares its prompt"):
+        policy.check_isolation(DEVICE)

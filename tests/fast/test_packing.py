@@ -1,0 +1,160 @@
+"""The plan of a step: every row once, in a form from which its sequence can be read back; even over ranks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learner.packing import PackingError, plan
+from learner.types import MicroBatch, Row
+
+Plan = tuple[tuple[MicroBatch, ...], ...]
+
+
+def row(group: int, length: int, draw: random.Random, weight: float = 0.5, sample: bool = True) -> Row:
+    ids = tuple(draw.randrange(1000) for _ in range(length))
+    logprobs = tuple(-draw.random() for _ in ids) if sample else None
+    kind = "sample" if sample else "reference"
+    return Row(group=group, kind=kind, token_ids=ids, logprobs=logprobs, weight=weight)  # type: ignore[arg-type]
+
+
+def random_step(draw: random.Random, groups: int, longest: int) -> tuple[list[Row], list[tuple[int, ...]]]:
+    prompts = [tuple(draw.randrange(1000) for _ in range(draw.randint(1, longest))) for _ in range(groups)]
+    rows = [
+        row(group, draw.randint(1, longest), draw, draw.uniform(-1, 1), sample=bool(k))
+        for group in range(groups)
+        for k in range(draw.randint(0, 6))
+    ]
+    return rows, prompts
+
+
+def check(made: Plan, rows: Sequence[Row], prompts: Sequence[tuple[int, ...]], budget: int) -> None:
+    """Everything that a plan promises."""
+    assert len({len(batches) for batches in made}) == 1
+    assert len(made[0]) >= 1
+    seen: list[int] = []
+    for batches in made:
+        for batch in batches:
+            assert 1 <= len(batch.token_ids) <= budget
+            assert len(batch.positions) == len(batch.segments) == len(batch.token_ids)
+            assert len(batch.predict_at) == len(batch.targets) == len(batch.weights) == len(batch.row_of)
+            for place, index in enumerate(batch.rows):
+                check_row(batch, place, rows[index], prompts[rows[index].group])
+            seen += batch.rows
+    assert sorted(seen) == list(range(len(rows)))
+
+
+def check_row(batch: MicroBatch, place: int, row: Row, prompt: tuple[int, ...]) -> None:
+    """Follow each target's position back through its segment and its prompt: there stands the row's own sequence."""
+    mine = np.flatnonzero(batch.row_of == place)
+    assert batch.targets[mine].tolist() == list(row.token_ids)
+    assert batch.weights[mine] == pytest.approx(row.weight / len(row.token_ids))
+    if row.logprobs is None:
+        assert np.isnan(batch.behavior_logprobs[mine]).all()
+    else:
+        assert batch.behavior_logprobs[mine] == pytest.approx(row.logprobs)
+    for number, at in enumerate(batch.predict_at[mine].tolist()):
+        layout, segment = batch.segments[at]
+        visible = (batch.segments[:, 0] == layout) & np.isin(batch.segments[:, 1], (0, segment))
+        visible &= np.arange(len(visible)) <= at
+        assert batch.token_ids[visible].tolist() == [*prompt, *row.token_ids[:number]]
+        assert batch.positions[visible].tolist() == list(range(len(prompt) + number))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    groups=st.integers(0, 7),
+    longest=st.integers(1, 20),
+    ranks=st.integers(1, 4),
+    slack=st.integers(0, 200),
+)
+def test_any_step_is_planned_whole_and_alike(seed: int, groups: int, longest: int, ranks: int, slack: int) -> None:
+    rows, prompts = random_step(random.Random(seed), groups, longest)
+    budget = 2 * longest - 1 + slack
+    made = plan(rows, prompts, ranks, budget)
+    check(made, rows, prompts, budget)
+    again = plan(list(rows), list(prompts), ranks, budget)
+    for one, other in zip((b for r in made for b in r), (b for r in again for b in r), strict=True):
+        assert one.rows == other.rows
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+
+
+def test_a_layout_by_hand() -> None:
+    rows = [
+        Row(group=0, kind="sample", token_ids=(7, 8, 2), logprobs=(-0.1, -0.2, -0.3), weight=0.6),
+        Row(group=0, kind="reference", token_ids=(9,), logprobs=None, weight=-1.0),
+    ]
+    [[batch]] = plan(rows, [(5, 6)], ranks=1, token_budget=100)
+    assert batch.token_ids.tolist() == [5, 6, 7, 8]  # a row's last token predicts nothing, so it is not computed
+    assert batch.positions.tolist() == [0, 1, 2, 3]
+    assert batch.segments.tolist() == [[0, 0], [0, 0], [0, 1], [0, 1]]
+    assert batch.predict_at.tolist() == [1, 2, 3, 1]
+    assert batch.targets.tolist() == [7, 8, 2, 9]
+    assert batch.weights.tolist() == pytest.approx([0.2, 0.2, 0.2, -1.0])
+    assert batch.row_of.tolist() == [0, 0, 0, 1]
+    assert batch.rows == (0, 1)
+
+
+def test_a_prompt_is_computed_once_a_group() -> None:
+    draw = random.Random(0)
+    rows = [row(0, 11, draw) for _ in range(9)]
+    [[batch]] = plan(rows, [tuple(range(100))], ranks=1, token_budget=1000)
+    assert len(batch.token_ids) == 100 + 9 * 10
+
+
+def test_a_group_beyond_the_budget_repeats_its_prompt() -> None:
+    draw = random.Random(0)
+    rows = [row(0, 11, draw) for _ in range(9)]
+    prompts = [tuple(range(100))]
+    made = plan(rows, prompts, ranks=1, token_budget=140)
+    check(made, rows, prompts, 140)
+    assert len(made[0]) == 3  # four rows of ten positions fit beside the prompt
+
+
+def test_nothing_to_do_still_runs_on_every_rank() -> None:
+    made = plan([], [(1, 2)], ranks=3, token_budget=8)
+    check(made, [], [(1, 2)], 8)
+    for [batch] in made:
+        assert len(batch.token_ids) == 1
+        assert batch.segments.tolist() == [[0, 0]]
+        assert len(batch.targets) == 0
+
+
+def test_a_row_that_fits_nowhere_is_named() -> None:
+    rows = [row(0, 9, random.Random(0))]
+    check(plan(rows, [(1, 2, 3)], 1, 11), rows, [(1, 2, 3)], 11)
+    with pytest.raises(PackingError, match=r"learner\.tokens_per_micro_batch is 10.* needs 11 positions"):
+        plan(rows, [(1, 2, 3)], 1, 10)
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [((), (1,)), ((1,), ())])
+def test_an_empty_prompt_or_answer_is_refused(prompt: tuple[int, ...], answer: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        plan([Row(group=0, kind="sample", token_ids=answer, logprobs=None, weight=1.0)], [prompt], 1, 10)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize("groups", [1, 3, 8, 64])
+def test_ranks_have_about_the_same_to_do(ranks: int, groups: int) -> None:
+    """HH-like steps: ranks wait little for the costliest of a round, and not much where groups are as few as ranks."""
+    draw = random.Random(groups)
+    prompts = [tuple(range(draw.randint(60, 200))) for _ in range(groups)]
+    rows = [row(group, draw.randint(10, 80), draw) for group in range(groups) for _ in range(9)]
+    made = plan(rows, prompts, ranks, token_budget=4096)
+    rounds = [[len(batches[k].token_ids) for batches in made] for k in range(len(made[0]))]
+    waited = sum(max(one) for one in rounds) * ranks / sum(map(sum, rounds))
+    assert waited <= (1.45 if groups < ranks else 1.3 if groups < 8 * ranks else 1.05)
+
+
+def test_micro_batches_are_as_few_as_can_be() -> None:
+    draw = random.Random(5)
+    prompts = [tuple(range(50)) for _ in range(16)]
+    rows = [row(group, 51, draw) for group in range(16) for _ in range(9)]  # 500 positions a group
+    assert [len(batches) for batches in plan(rows, prompts, 1, 2000)] == [4]
+    assert [len(batches) for batches in plan(rows, prompts, 2, 2000)] == [2, 2]

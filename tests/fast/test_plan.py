@@ -1,0 +1,60 @@
+"""What a config needs of a cluster, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cluster.plan import PlanError, check, plan
+from configs.load import parse
+from tests.fast.test_configs import SMALL
+
+
+def planned(*overrides: str) -> Any:
+    return plan(parse(SMALL, overrides))
+
+
+def test_three_numbers_scale_apart() -> None:
+    made = planned("rollout.workers=3", "reward.workers=2", "learner.ranks=4")
+    assert (made.rollout_workers, made.reward_workers, made.ranks) == (3, 2, 4)
+    assert made.cpus == 3 + 4
+    assert made.gpus == 0
+
+
+def test_gpus_are_counted_per_engine_and_rank() -> None:
+    gpu = ("cluster.device=gpu", "learner.transport=nccl", "rollout.workers=2", "rollout.tensor_parallel=2")
+    assert planned(*gpu, "learner.ranks=4").gpus == 2 * 2 + 4
+
+
+def test_colocated_workers_share_each_gpu() -> None:
+    made = planned(
+        "cluster.device=gpu", "learner.transport=ipc", "cluster.colocate=true", "rollout.workers=2", "learner.ranks=2"
+    )
+    assert made.gpus == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "nodes", "expected"),
+    [
+        (["rollout.workers=8"], [{"CPU": 2.0}], "rollout.workers 8 x 1"),
+        (["cluster.device=gpu", "learner.transport=nccl"], [{"CPU": 64.0}], "the cluster has 0; lower rollout.workers"),
+        (["cluster.device=gpu", "learner.transport=nccl"], [{"CPU": 64.0}], "set cluster.device: cpu"),
+        (
+            ["cluster.device=gpu", "learner.transport=nccl", "rollout.tensor_parallel=4"],
+            [{"CPU": 64.0, "GPU": 3.0}, {"CPU": 64.0, "GPU": 3.0}],
+            "rollout.tensor_parallel: one engine needs 4 GPUs on one node, the largest node has 3",
+        ),
+    ],
+)
+def test_a_cluster_that_is_too_small_is_refused(
+    overrides: list[str], nodes: list[dict[str, float]], expected: str
+) -> None:
+    with pytest.raises(PlanError) as caught:
+        check(planned(*overrides), nodes)
+    assert expected in str(caught.value)
+
+
+def test_a_cluster_that_is_large_enough_is_taken() -> None:
+    check(planned(), [{"CPU": 2.0}])
+    check(planned("rollout.workers=4", "learner.ranks=4"), [{"CPU": 4.0}, {"CPU": 4.0}])

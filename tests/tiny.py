@@ -1,0 +1,75 @@
+"""Tiny models for tests: real architectures with random weights, a real tokenizer with a chat template.
+
+`python -m tests.tiny FOLDER` writes one for use from the command line.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+VOCABULARY = 512
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CORPUS = [
+    "State the final answer to the following arithmetic problem: 12 + 34 = 46",
+    "What is 7 + 5? The answer is 12. Yes, no, maybe: 0 1 2 3 4 5 6 7 8 9",
+    "Human: How do I stay safe? Assistant: Ask someone whom you trust, and do not hurry.",
+]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most 512 tokens: <|end|> is EOS, <|pad|> pads."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    raw.train_from_iterator(
+        CORPUS * 20,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        ),
+    )
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>", pad_token="<|pad|>")
+    made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+def config(tie: bool = True, layers: int = 2) -> LlamaConfig:
+    """Hidden 128, head_dim 32 (the smallest that vLLM's CPU attention takes), grouped-query attention."""
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=tie,
+        eos_token_id=0,
+        bos_token_id=None,
+        pad_token_id=1,
+    )
+
+
+def write(folder: Path, tie: bool = True, layers: int = 2, seed: int = 0) -> Path:
+    """Write a model with random float32 weights and its tokenizer; return the folder."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config(tie, layers), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3.0)  # away from the uniform distribution, so that log-probabilities differ
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    print(write(Path(sys.argv[1])))
