@@ -21,12 +21,19 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(/(?P<folder>\w[\w./-]*))?(:(?P<config>[\w.-]+))?")
 
 
-class DataError(ValueError):
+class _OneLineError(ValueError):
+    """Quotes names and values out of the data, which may hold line breaks and control codes: shown as escapes."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
+
+class DataError(_OneLineError):
     """Data that a run cannot use. One line that names the field (or the row) and the fix."""
 
 
-class RowError(ValueError):
-    """Why one row is bad."""
+class RowError(_OneLineError):
+    """Why one row is bad. One line."""
 
 
 Row = Mapping[str, Any] | RowError

@@ -140,7 +140,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(Checkpoints(tmp_path_factory.mktemp("whole"), keep=1), 1)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(file=st.sampled_from(FILES), place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_no_flipped_bit_anywhere_goes_unseen(whole: Path, file: str, place: float, bit: int) -> None:
     content = (whole / file).read_bytes()
@@ -153,7 +153,7 @@ def test_no_flipped_bit_anywhere_goes_unseen(whole: Path, file: str, place: floa
     assert why_damaged(whole) is None
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(file=st.sampled_from(FILES), place=st.floats(0, 1, exclude_max=True))
 def test_no_torn_file_goes_unseen(whole: Path, file: str, place: float) -> None:
     content = (whole / file).read_bytes()

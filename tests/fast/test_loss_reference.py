@@ -185,7 +185,7 @@ def test_lengths_of_many_levels(untied: Case) -> None:
     untied.check(groups, ObjectiveConfig(), chunk=64)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 10**6),
     count=st.integers(1, 4),

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -148,7 +148,6 @@ def test_every_number_of_a_step() -> None:
     assert all(type(value) is float for value in report.metrics.values())
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_the_terms_are_the_loss_whoever_computed_the_rows(data: st.DataObject) -> None:
     number = st.floats(-3, 3).map(lambda value: round(value, 2))
@@ -323,7 +322,6 @@ def test_samples_tell_what_decided_each_weight(tmp_path: Path) -> None:
     assert [answer["advantage"] for answer in second["answers"]] == pytest.approx([-0.5] * 4)
 
 
-@settings(deadline=None)
 @given(st.text(st.characters(codec=None), max_size=20))
 def test_any_text_is_one_line_that_comes_back(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     folder = RunFolder(tmp_path_factory.mktemp("run"))

@@ -66,7 +66,7 @@ def check_row(batch: MicroBatch, place: int, row: Row, prompt: tuple[int, ...]) 
         assert batch.positions[visible].tolist() == list(range(len(prompt) + number))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6),
     groups=st.integers(0, 7),

@@ -6,7 +6,7 @@ import datetime
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout.layouts import detect_layout, parse_row
@@ -142,7 +142,6 @@ words = st.text(st.characters(exclude_categories=("Cs",)), min_size=1).map(str.s
 plain = words.filter(lambda text: "Human:" not in text and "Assistant:" not in text)
 
 
-@settings(deadline=None)
 @given(texts=st.lists(plain, min_size=2, max_size=8).filter(lambda texts: len(texts) % 2 == 0), rejected=plain)
 def test_a_transcript_splits_into_the_turns_it_was_made_of(texts: list[str], rejected: str) -> None:
     row = {"chosen": transcript(*texts), "rejected": transcript(*texts[:-1], rejected)}

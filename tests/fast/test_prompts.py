@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from configs.schema import DataConfig
@@ -329,8 +329,9 @@ one_row = likely_good | st.fixed_dictionaries({}, optional=fields) | json_values
 rows_of_any_kind = st.lists(one_row, min_size=1, max_size=6)
 
 
-@settings(deadline=None)
 @given(rows=rows_of_any_kind, held=st.booleans())
+@example(rows=[{"\r": None}], held=False)
+@example(rows=[{"question": "?", "answer": "!", "id": "a\u2028b"}] * 2, held=False)
 def test_any_rows_give_prompts_or_one_line(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Any], held: bool
 ) -> None:
@@ -351,7 +352,6 @@ def test_any_rows_give_prompts_or_one_line(
         json.dumps(prompt.extra, allow_nan=False).encode()
 
 
-@settings(deadline=None)
 @given(count=st.integers(1, 50), seed=st.integers(0), start=st.integers(0, 5))
 def test_every_pass_is_a_permutation(count: int, seed: int, start: int) -> None:
     order = PromptOrder(count, seed, shuffle=True)

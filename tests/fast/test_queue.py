@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.queue import Position, StalenessError, TicketQueue, check_staleness
@@ -191,7 +191,6 @@ def test_finished_groups_wait_for_older_ones_whose_bound_is_near() -> None:
     assert virtual_time.run(main()) == [2, 3]
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 10**6), staleness=st.integers(0, 3), killed_after=st.integers(0, 12))
 def test_a_resumed_run_trains_every_prompt_once(seed: int, staleness: int, killed_after: int) -> None:
     first = Run(3, staleness, seed)
@@ -204,7 +203,6 @@ def test_a_resumed_run_trains_every_prompt_once(seed: int, staleness: int, kille
     assert all(age <= staleness for age in second.ages)
 
 
-@settings(deadline=None)
 @given(st.permutations(range(12)), st.integers(1, 12))
 def test_a_position_is_the_set_of_trained_tickets(order: list[int], cut: int) -> None:
     whole = Position().after(order)
@@ -241,7 +239,6 @@ def test_cancelling_any_waiter_changes_nothing() -> None:
     assert virtual_time.run(main()) == [0, 1, 2]
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_waiters_cancelled_at_random_lose_and_double_no_ticket(seed: int) -> None:
     async def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from reward.metrics import against_references, nag, nag_rate, ras, ras_win_or_tie, rates
@@ -37,7 +37,6 @@ def test_sums_that_differ_by_rounding_tie() -> None:
     assert rates([0.1 + 0.2], [0.3]).tie == 1.0
 
 
-@settings(deadline=None)
 @given(PAIRS)
 def test_shares_sum_to_one_and_equal_a_naive_count(pairs: list[tuple[float, float]]) -> None:
     found = rates(*split(pairs))
@@ -47,7 +46,6 @@ def test_shares_sum_to_one_and_equal_a_naive_count(pairs: list[tuple[float, floa
     assert found.pairs == len(pairs)
 
 
-@settings(deadline=None)
 @given(PAIRS)
 def test_exchanging_the_sides_exchanges_win_and_loss(pairs: list[tuple[float, float]]) -> None:
     one, other = split(pairs)
@@ -56,7 +54,6 @@ def test_exchanging_the_sides_exchanges_win_and_loss(pairs: list[tuple[float, fl
     assert nag(one, other) == -nag(other, one)
 
 
-@settings(deadline=None)
 @given(PAIRS)
 def test_the_readings_agree(pairs: list[tuple[float, float]]) -> None:
     one, other = split(pairs)
@@ -65,7 +62,6 @@ def test_the_readings_agree(pairs: list[tuple[float, float]]) -> None:
     assert -1.0 <= nag(one, other) <= nag_rate(one, other) <= 1.0
 
 
-@settings(deadline=None)
 @given(PAIRS, st.integers(2, 4))
 def test_repeating_the_data_changes_nothing(pairs: list[tuple[float, float]], times: int) -> None:
     assert nag(*split(pairs * times)) == pytest.approx(nag(*split(pairs)))

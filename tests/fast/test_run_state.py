@@ -180,7 +180,6 @@ def state(step: int = 0) -> RunState:
     return RunState(step=step, position=Position(), seed=7, config_hash="c" * 64, data_fingerprint="d" * 64)
 
 
-@settings(deadline=None)
 @given(st.lists(st.permutations(range(6)), min_size=1, max_size=1))
 def test_a_state_counts_its_steps_and_tickets(orders: list[list[int]]) -> None:
     (order,) = orders
@@ -333,7 +332,7 @@ def test_a_line_without_a_step_is_counted_and_cut(tmp_path: Path, bad: bytes) ->
     assert file.read_bytes() == lines(1)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 30), st.integers(0, 30), st.data())
 def test_a_file_torn_anywhere_is_cut_to_whole_steps(steps: int, at: int, data: st.DataObject) -> None:
     whole = lines(*range(1, steps + 1))
