@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +29,7 @@ class Report:
         self._rewards: list[float] = []
         self._heldout: list[tuple[int, float]] = []
         self._began = time.monotonic()
+        self._here = Path.cwd()  # Ray may delete a job's working directory before the last word
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -94,16 +95,18 @@ class Report:
         if self._rewards:
             curve = f"{curve_of(self._rewards)}  {self._rewards[0]:.3f} to {self._rewards[-1]:.3f}"
             table.add_row("training reward by step", curve)
-        table.add_row("exported model", os.path.relpath(folder.model))
-        table.add_row("checkpoint", os.path.relpath(checkpoint))
-        table.add_row("samples", os.path.relpath(folder.samples))
-        table.add_row(
-            "metrics", f"{os.path.relpath(folder.steps)}; tensorboard --logdir {os.path.relpath(folder.tensorboard)}"
-        )
+        table.add_row("exported model", self._shown(folder.model))
+        table.add_row("checkpoint", self._shown(checkpoint))
+        table.add_row("samples", self._shown(folder.samples))
+        table.add_row("metrics", f"{self._shown(folder.steps)}; tensorboard --logdir {self._shown(folder.tensorboard)}")
         table.add_row("went on for", f"{time.monotonic() - self._began:.0f} s")
-        command = f"{os.path.relpath(sys.executable)} -m cluster.main resume {os.path.relpath(folder.path)}"
+        command = f"{self._shown(sys.executable)} -m cluster.main resume {self._shown(folder.path)}"
         table.add_row("train further", f"{command} learner.steps={2 * self._steps}")
         self._console.print(table)
+
+    def _shown(self, path: str | Path) -> str:
+        """A path as a user would type it here."""
+        return str(Path(path).relative_to(self._here) if Path(path).is_relative_to(self._here) else path)
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)

@@ -5,17 +5,13 @@ from __future__ import annotations
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.end_to_end.harness import (
-    ROOT,
     config,
-    environment,
     family,
     grao,
     lines,
@@ -32,17 +28,24 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
-def test_a_whole_run_learns_and_leaves_everything(tiny_model: Path, rows: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+@pytest.fixture(scope="session")
+def learned(tiny_model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a run that learned its task, and what the run printed."""
+    folder = tmp_path_factory.mktemp("learned")
     tree = config(
         tiny_model,
-        folder,
+        folder / "run",
         rows,
         learner={"steps": 24, "ranks": 2, "learning_rate": 3e-3, "kl_every": 6},
         run={"checkpoint_every": 8, "keep_checkpoints": 2, "evaluate_every": 12},
     )
-    done = grao("train", write_config(tmp_path / "c.yaml", tree))
+    done = grao("train", write_config(folder / "c.yaml", tree))
     assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "run", done.stdout
+
+
+def test_a_whole_run_learns_and_leaves_everything(learned: tuple[Path, str]) -> None:
+    folder, said = learned
     steps = lines(folder / "steps.jsonl")
     assert [step["step"] for step in steps] == list(range(1, 25))
     # float32 on both sides: what the learner and the engine say of the same tokens differs by rounding only
@@ -51,7 +54,7 @@ def test_a_whole_run_learns_and_leaves_everything(tiny_model: Path, rows: Path, 
     assert max(gaps) < 1e-4
     assert sum(step["metrics"]["reward/mean"] for step in steps[-4:]) > 4 * 0.5
     assert math.isclose(sum(steps[0]["shares"].values()), 1)
-    scores = [record["metrics"]["reward/mean"] for record in lines(folder / "evaluations.jsonl")]
+    scores = held_out_scores(folder)
     assert len(scores) == 3
     assert scores[0] < 0.1
     assert scores[-1] > 0.9
@@ -61,12 +64,16 @@ def test_a_whole_run_learns_and_leaves_everything(tiny_model: Path, rows: Path, 
     assert (folder / "config.yaml").is_file()
     assert list((folder / "tensorboard").iterdir())
     for words in ("held-out reward before", "held-out reward after", "exported model", "train further"):
-        assert words in done.stdout
+        assert words in said
     check_export(folder / "model")
-    again = grao("train", tmp_path / "c.yaml")
+    again = grao("train", folder.parent / "c.yaml")
     assert again.returncode == 1
     assert "grao resume" in again.stderr
     assert len(again.stderr.strip().splitlines()) == 1
+
+
+def held_out_scores(folder: Path) -> list[float]:
+    return [record["metrics"]["reward/mean"] for record in lines(folder / "evaluations.jsonl")]
 
 
 def check_export(folder: Path) -> None:
@@ -87,7 +94,7 @@ def check_export(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("rollouts", "rewards", "ranks", "staleness"),
-    [(2, 1, 2, 1), (1, 2, 2, 0)],
+    [(1, 1, 1, 0), (2, 1, 2, 1), (1, 2, 2, 0)],
 )
 def test_three_numbers_scale_apart(
     rollouts: int, rewards: int, ranks: int, staleness: int, tiny_model: Path, rows: Path, tmp_path: Path
@@ -109,6 +116,14 @@ def test_three_numbers_scale_apart(
     assert max(ages) == staleness  # the bound holds, and with staleness 1 it is used
     trained = [sample["id"] for sample in lines(folder / "samples.jsonl")]
     assert len(trained) == len(set(trained)) == 24  # no prompt twice in the first pass, none left out
+
+
+def test_an_exported_model_starts_another_run(learned: tuple[Path, str], rows: Path, tmp_path: Path) -> None:
+    """vLLM loads the export, and its answers before the first update are those that were learned."""
+    tree = config(learned[0] / "model", tmp_path / "run", rows, learner={"steps": 1})
+    done = grao("train", write_config(tmp_path / "c.yaml", tree))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert held_out_scores(tmp_path / "run")[0] > 0.9
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint_as_if_it_had_never_stopped(
@@ -162,63 +177,6 @@ def test_a_signal_ends_everything_that_the_run_started(
     assert running.wait(timeout=90) == 130, log.read_text()
     wait_until(lambda: not living(everybody), 30, "the end of every process")
     assert "Traceback" not in log.read_text()
-
-
-def test_a_submitted_job_runs_on_a_cluster_with_token_authentication(
-    tiny_model: Path, rows: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    file = write_config(tmp_path / "c.yaml", config(tiny_model, folder, rows, learner={"steps": 2}))
-    variables = {**environment(), "RAY_AUTH_MODE": "token"}
-    ray = str(Path(sys.executable).with_name("ray"))
-    python = sys.executable
-    ports = free_ports(2)
-    start = [ray, "start", "--head", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--num-cpus=2",
-             "--object-store-memory=200000000", f"--temp-dir={short_folder(tmp_path)}", "--block"]  # fmt: skip
-    with (tmp_path / "ray.log").open("wb") as log:
-        head = subprocess.Popen(start, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        address = f"http://127.0.0.1:{ports[1]}"
-        wait_until(lambda: reachable(ports[1]) or head.poll() is not None, 90, "the dashboard")
-        submit = [ray, "job", "submit", f"--address={address}", "--working-dir", str(ROOT), "--",
-                  python, "-m", "cluster.main", "train", str(file)]  # fmt: skip
-        done = subprocess.run(submit, env=variables, capture_output=True, text=True, timeout=400, cwd=tmp_path)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "succeeded" in done.stdout
-        assert len(lines(folder / "steps.jsonl")) == 2
-        assert (folder / "model" / "model.safetensors").is_file()
-    finally:
-        everybody = family(head.pid)
-        head.terminate()
-        head.wait(timeout=60)
-        for process in living(everybody):
-            process.kill()
-
-
-def free_ports(count: int) -> list[int]:
-    import socket
-
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def reachable(port: int) -> bool:
-    import socket
-
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def short_folder(tmp_path: Path) -> str:
-    """Ray's sockets need a short path."""
-    import tempfile
-
-    return tempfile.mkdtemp(prefix="ray", dir="/tmp")
 
 
 @pytest.mark.parametrize(
