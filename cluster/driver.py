@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import math
 import time
 from collections.abc import Iterator
 
@@ -19,7 +20,7 @@ from cluster.queue import check_staleness
 from cluster.run import Run
 from cluster.run_state import RunState
 from reward.types import ScoredGroup
-from rollout.types import Prompt, Sampling
+from rollout.types import Group, Prompt, Sampling
 
 
 async def train(run: Run) -> None:
@@ -62,9 +63,12 @@ async def feed(run: Run) -> None:
 
 
 async def produce(run: Run, ticket: int) -> None:
-    """The group of one ticket, sampled and scored, into the queue."""
+    """The group of one ticket, sampled and scored where the objective needs that, into the queue."""
     rollout = run.config.rollout
     prompt = run.prompts.train[run.order.at(ticket)]
+    if not run.config.learner.objective.online:
+        await run.queue.put(ticket, without_samples(prompt))
+        return
     sampling = Sampling(
         samples=rollout.samples_per_prompt,
         temperature=rollout.temperature,
@@ -80,9 +84,20 @@ async def sample_and_score(run: Run, prompt: Prompt, sampling: Sampling) -> Scor
     return await run.rewards.score(await run.rollouts.generate(prompt, sampling))
 
 
+def without_samples(prompt: Prompt) -> ScoredGroup:
+    return ScoredGroup(group=Group(prompt=prompt, samples=()), rewards=(), reference_reward=math.nan, breakdown={})
+
+
 async def evaluate(run: Run, step: int) -> None:
-    """Answer the held-out prompts greedily, score and record them. Does nothing for a run without held-out prompts."""
+    """Answer the held-out prompts greedily, score and record them. Does nothing for a run without held-out prompts.
+
+    Where the objective needs no samples, measure that objective on the held-out prompts instead.
+    """
     if not run.prompts.heldout:
+        return
+    if not run.config.learner.objective.online:
+        groups = [without_samples(prompt) for prompt in run.prompts.heldout]
+        run.log_evaluation(step, groups, await run.learner.measure(groups))
         return
     rollout = run.config.rollout
     greedy = Sampling(

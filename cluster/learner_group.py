@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from cluster.placement import RemoteRank, cause_of, share
-from learner.types import RankReport
+from learner.types import RankReport, RowResult
 from reward.types import ScoredGroup
 from rollout.types import Parameters
 
@@ -53,6 +53,12 @@ class LearnerGroup:
         """One update on all ranks. `step` counts from 1."""
         shared = share(groups)
         return await self._all([rank.train_step(step, shared) for rank in self._ranks])
+
+    async def measure(self, groups: Sequence[ScoredGroup]) -> dict[int, RowResult]:
+        """What the objective says of groups that are not trained on, by row."""
+        shared = share(groups)
+        parts = await self._all([rank.measure(shared) for rank in self._ranks])
+        return {result.row: result for part in parts for result in part}
 
     async def publish(self, version: int) -> Parameters:
         """Stage the parameters as `version`; the answer says where their pieces lie."""

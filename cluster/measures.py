@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from configs.schema import ObjectiveConfig
-from learner.objectives import grao
+from learner.objectives.interface import Objective
 from learner.types import RankReport, Row, RowResult
 from reward.types import ScoredGroup
 
@@ -71,20 +70,35 @@ def staleness(groups: Sequence[ScoredGroup], version: int) -> dict[str, float]:
     }
 
 
-def advantages(groups: Sequence[ScoredGroup], objective: ObjectiveConfig) -> dict[str, float]:
-    """The objective's own summary, under the names of the files."""
-    found = grao.summary(groups, objective)
+def advantages(groups: Sequence[ScoredGroup], objective: Objective) -> dict[str, float]:
+    """Mean |A_i|, mean A_y (groups without signal count as 0), share of groups without signal."""
+    found = [objective.advantages(group) for group in groups]
     return {
-        "advantage/abs_mean": found["advantage_abs_mean"],
-        "advantage/reference_mean": found["advantage_reference_mean"],
-        "group/without_signal": found["groups_without_signal"],
+        "advantage/abs_mean": mean(abs(a) for one in found for a in one.samples),
+        "advantage/reference_mean": mean(one.reference for one in found),
+        "group/without_signal": mean(not one.has_signal for one in found),
     }
 
 
-def forward(rows: Sequence[Row], results: Mapping[int, RowResult]) -> dict[str, float]:
-    """What the learner's forward pass says of the trained rows, before the update."""
+def of_samples(groups: Sequence[ScoredGroup], version: int, objective: Objective) -> dict[str, float]:
+    """Everything above; nothing for groups without samples."""
+    if not groups[0].group.samples:
+        return {}
+    return {
+        **rewards(groups),
+        **against_reference(groups),
+        **lengths(groups),
+        **staleness(groups, version),
+        **advantages(groups, objective),
+    }
+
+
+def forward(rows: Sequence[Row], results: Mapping[int, RowResult], sampled: bool = True) -> dict[str, float]:
+    """What the learner's forward pass says of the rows, before the update. sampled: whether the groups have samples."""
     samples = [(row, results[index]) for index, row in enumerate(rows) if row.kind == "sample"]
     references = [results[index] for index, row in enumerate(rows) if row.kind == "reference"]
+    if not sampled:
+        return {"logprob/reference_mean": mean(result.mean_logprob for result in references)}
     tokens = sum(len(row.token_ids) for row, _ in samples)
     kl = [result.kl_sum for _, result in samples]
     asked = {} if all(map(math.isnan, kl)) else {"kl/mean": _ratio(sum(kl), tokens)}

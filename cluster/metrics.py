@@ -23,8 +23,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from cluster import measures
 from cluster.files import describe, sync
 from cluster.run_folder import RunFolder
-from configs.schema import ObjectiveConfig
-from learner.objectives import grao
+from learner.objectives.interface import Objective
 from learner.types import RankReport, RowResult, StepReport
 from reward.types import ScoredGroup
 
@@ -37,7 +36,7 @@ def step_report(
     step: int,
     groups: Sequence[ScoredGroup],
     reports: Sequence[RankReport],
-    objective: ObjectiveConfig,
+    objective: Objective,
     seconds: Mapping[str, float],
 ) -> StepReport:
     """Merge the ranks' reports of the update that made version `step`.
@@ -45,34 +44,30 @@ def step_report(
     `seconds` are the driver's phases; of the ranks' own phases the slowest rank's time counts. Raises MetricsError
     unless every trained row was computed by exactly one rank.
     """
-    rows = grao.rows(groups, objective)
+    rows = objective.rows(groups)
     results = _by_row(step, reports, len(rows))
-    mean_logprobs = {index: result.mean_logprob for index, result in results.items()}
-    terms = dict(grao.terms(groups, rows, mean_logprobs, objective))
+    terms = objective.terms(groups, rows, results)
     magnitude = sum(abs(term) for term in terms.values())
     return StepReport(
         step=step,
-        loss=-math.fsum(row.weight * mean_logprobs[index] for index, row in enumerate(rows)),
+        loss=-math.fsum(result.gain - result.penalty for result in results.values()),
         terms=terms,
         shares={name: abs(term) / magnitude if magnitude else 0.0 for name, term in terms.items()},
         grad_norm=reports[0].grad_norm,
         learning_rate=reports[0].learning_rate,
         metrics={
-            **measures.rewards(groups),
-            **measures.against_reference(groups),
-            **measures.lengths(groups),
-            **measures.staleness(groups, step - 1),
-            **measures.advantages(groups, objective),
-            **measures.forward(rows, results),
+            **measures.of_samples(groups, step - 1, objective),
+            **measures.forward(rows, results, sampled=bool(groups[0].group.samples)),
+            **(objective.metrics(rows, results) if rows else {}),
             **measures.work(groups, reports),
         },
         seconds={**_slowest([report.seconds for report in reports]), **seconds},
     )
 
 
-def sample_record(step: int, scored: ScoredGroup, objective: ObjectiveConfig) -> dict[str, Any]:
+def sample_record(step: int, scored: ScoredGroup, objective: Objective) -> dict[str, Any]:
     """One trained group for samples.jsonl: prompt, reference, and every answer with all that decided its weight."""
-    advantages = grao.advantages(scored.rewards, scored.reference_reward, objective.advantage_group)
+    advantages = objective.advantages(scored)
     prompt = scored.group.prompt
     answers = [
         {
@@ -102,6 +97,20 @@ def evaluation_record(step: int, groups: Sequence[ScoredGroup]) -> dict[str, Any
     found = {**measures.rewards(groups), **measures.against_reference(groups), **measures.lengths(groups)}
     by_prompt = {group.group.prompt.id: list(group.rewards) for group in groups}
     return {"step": step, "prompts": len(groups), "metrics": found, "rewards": by_prompt}
+
+
+def objective_record(
+    step: int, groups: Sequence[ScoredGroup], objective: Objective, results: Mapping[int, RowResult]
+) -> dict[str, Any]:
+    """One evaluation of an objective without samples: its value on held-out prompts (higher is better)."""
+    rows = objective.rows(groups)
+    value = math.fsum(objective.terms(groups, rows, results).values())
+    found = {
+        "objective": value,
+        **measures.forward(rows, results, sampled=False),
+        **objective.metrics(rows, results),
+    }
+    return {"step": step, "prompts": len(groups), "metrics": found}
 
 
 class MetricsWriter:
@@ -138,14 +147,13 @@ class MetricsWriter:
         _append(self._steps, record)
         self._scalars(report.step, _flat({**record, "metrics": {}}) | dict(report.metrics))
 
-    def samples(self, step: int, groups: Sequence[ScoredGroup], objective: ObjectiveConfig) -> None:
+    def samples(self, step: int, groups: Sequence[ScoredGroup], objective: Objective) -> None:
         """The trained groups into samples.jsonl. Raises MetricsError."""
         for group in groups:
             _append(self._samples, sample_record(step, group, objective))
 
-    def evaluation(self, step: int, groups: Sequence[ScoredGroup]) -> None:
+    def evaluation(self, step: int, record: Mapping[str, Any]) -> None:
         """One evaluation into evaluations.jsonl and TensorBoard. Raises MetricsError."""
-        record = evaluation_record(step, groups)
         _append(self._evaluations, record)
         self._scalars(step, {f"evaluation/{name}": value for name, value in record["metrics"].items()})
 

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.plan import Bundle, Plan, check, plan
 from configs.schema import Config
-from learner.types import RankReport
+from learner.types import RankReport, RowResult
 from learner.worker import LearnerRank
 from reward.types import ScoredGroup
 from reward.worker import RewardWorker
@@ -116,6 +116,9 @@ class RemoteRank:
     async def train_step(self, step: int, groups: Any) -> RankReport:
         """`groups` is a reference made by `share`: Ray sends the groups once to a node, not once to a rank."""
         return await self.actor.train_step.remote(step, groups)
+
+    async def measure(self, groups: Any) -> tuple[RowResult, ...]:
+        return await self.actor.measure.remote(groups)
 
     async def publish(self, version: int) -> Parameters:
         return await self.actor.publish.remote(version)
@@ -231,6 +234,7 @@ class Cluster:
             max_concurrency=1000,
             runtime_env={"env_vars": {**self._environment, "OMP_NUM_THREADS": "1"}},
         )
+        assert self._config.reward is not None, "a config without rewards has no reward workers"
         return RemoteReward(actor.remote(self._config.reward))
 
     def rank(self, number: int) -> RemoteRank:
@@ -241,9 +245,7 @@ class Cluster:
             **self._options(group, index, self._plan.rank, threads=config.learner.cpus_per_rank)
         )
         return RemoteRank(
-            actor.remote(
-                config.model, config.learner, config.objective, config.rollout, config.cluster.device, config.run.seed
-            )
+            actor.remote(config.model, config.learner, config.rollout, config.cluster.device, config.run.seed)
         )
 
     def _connect(self) -> None:
@@ -267,7 +269,7 @@ class Cluster:
         """Reserve a place for every engine and every rank, so that a replaced worker finds its place free."""
         config, plan = self._config, self._plan
         strategy = config.cluster.placement.upper()
-        if config.cluster.colocate:
+        if config.cluster.colocate and plan.rollout_workers:
             self._reserve_shared(strategy)
         else:
             for _ in range(plan.rollout_workers):

@@ -54,16 +54,16 @@ def plan(config: Config) -> Plan:
     """The reservations of a config."""
     on_gpu = config.cluster.device == "gpu"
     # two workers on one GPU each reserve half of it, so that Ray puts nobody else there
-    share = 0.5 if config.cluster.colocate else 1.0
+    share = 0.5 if config.cluster.colocate and config.rollout_workers else 1.0
     engine_gpus = share * config.rollout.tensor_parallel if on_gpu else 0.0
     engine_cpus = config.rollout.cpus_per_worker * (1 if on_gpu else config.rollout.tensor_parallel)
     return Plan(
         rollout=Bundle(cpus=engine_cpus, gpus=engine_gpus),
-        rollout_workers=config.rollout.workers,
+        rollout_workers=config.rollout_workers,
         rank=Bundle(cpus=config.learner.cpus_per_rank, gpus=share if on_gpu else 0.0),
         ranks=config.learner.ranks,
         reward=Bundle(cpus=REWARD_CPUS, gpus=0.0),
-        reward_workers=config.reward.workers,
+        reward_workers=config.reward_workers,
     )
 
 

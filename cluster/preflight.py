@@ -8,6 +8,7 @@ from typing import Any
 
 from configs.load import ConfigError
 from configs.schema import Config
+from rollout.prompts import PromptSet
 
 RAY_JOB_FOLDER = "runtime_resources"
 
@@ -52,6 +53,25 @@ def check_model(config: Config) -> Any:
             f" {longest}; lower data.max_prompt_tokens, rollout.max_new_tokens or data.max_reference_tokens"
         )
     return tokenizer
+
+
+def check_pairs(config: Config, prompts: PromptSet) -> None:
+    """Refuse prompts that an objective on pairs cannot use. Raises ConfigError."""
+    if not config.learner.objective.keeps_pairs:
+        return
+    name, budget = config.learner.objective.name, config.learner.tokens_per_micro_batch
+    for prompt in (*prompts.train, *prompts.heldout):
+        if prompt.rejected_ids is None:
+            raise ConfigError(
+                f"learner.objective '{name}' needs a rejected answer for every prompt, and '{prompt.id}' has none; use"
+                " data with 'chosen' and 'rejected'"
+            )
+        need = len(prompt.token_ids) + len(prompt.reference_ids) + len(prompt.rejected_ids) - 2
+        if need > budget:
+            raise ConfigError(
+                f"learner.tokens_per_micro_batch is {budget}, but both answers of prompt '{prompt.id}' belong together"
+                f" and need {need}; raise it to {need} or more"
+            )
 
 
 def looks_like_folder(path: str) -> bool:

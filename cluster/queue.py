@@ -180,7 +180,7 @@ def check_staleness(groups: Sequence[ScoredGroup], version: int, bound: int) -> 
     for scored in groups:
         prompt, samples = scored.group.prompt, scored.group.samples
         ages = [version - sample.first_version for sample in samples]
-        if max(ages) > bound:
+        if max(ages, default=0) > bound:
             raise StalenessError(
                 f"prompt '{prompt.id}': sample {ages.index(max(ages))} is {max(ages)} updates old at version {version};"
                 f" rollout.max_staleness allows {bound}"

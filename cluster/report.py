@@ -23,10 +23,12 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 class Report:
     """The console of one run. Use as a context manager."""
 
-    def __init__(self, steps: int, start: int, console: Console | None = None) -> None:
+    def __init__(self, steps: int, start: int, what: str = "reward", console: Console | None = None) -> None:
+        """`what` is the score that is shown: 'reward', or 'objective' for training without samples."""
         self._console = console or Console(highlight=False)
         self._steps = steps
-        self._rewards: list[float] = []
+        self._what = what
+        self._scores: list[float] = []
         self._heldout: list[tuple[int, float]] = []
         self._began = time.monotonic()
         self._here = Path.cwd()  # Ray may delete a job's working directory before the last word
@@ -52,8 +54,8 @@ class Report:
 
     def recall(self, steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> None:
         """Take in what a resumed run did before, as its files have it."""
-        self._rewards = [record["metrics"]["reward/mean"] for record in steps]
-        self._heldout = [(record["step"], record["metrics"]["reward/mean"]) for record in evaluations]
+        self._scores = [score_of(_with_objective(record["loss"], record["metrics"])) for record in steps]
+        self._heldout = [(record["step"], score_of(record["metrics"])) for record in evaluations]
 
     def phase(self, text: str) -> None:
         """Say what the run is doing before its first step, or after its last."""
@@ -66,21 +68,24 @@ class Report:
 
     def step(self, report: StepReport) -> None:
         """One update."""
-        reward, gap = report.metrics["reward/mean"], report.metrics["gap/mean"]
-        self._rewards.append(reward)
-        self._progress.update(self._task, completed=report.step, description=f"reward {reward:.3f}")
+        metrics = _with_objective(report.loss, report.metrics)
+        score = score_of(metrics)
+        self._scores.append(score)
+        self._progress.update(self._task, completed=report.step, description=f"{self._what} {score:.3f}")
         shares = " ".join(f"{name[:4]} {share:.0%}" for name, share in report.shares.items())
         total = sum(value for phase, value in report.seconds.items() if phase in ("wait", "train", "sync", "evaluate"))
         self._line(
-            f"{self._elapsed()}  step {report.step:>4}/{self._steps}  reward {reward:6.3f}"
-            f"  reference {report.metrics['reward/reference_mean']:6.3f}  terms {shares}"
-            f"  grad {report.grad_norm:8.3g}  gap {gap:.1e}  {total:5.1f} s"
+            f"{self._elapsed()}  step {report.step:>4}/{self._steps}  {self._what} {score:6.3f}"
+            + (f"  reference {metrics['reward/reference_mean']:6.3f}" if "reward/reference_mean" in metrics else "")
+            + f"  terms {shares}  grad {report.grad_norm:8.3g}"
+            + (f"  gap {metrics['gap/mean']:.1e}" if "gap/mean" in metrics else "")
+            + f"  {total:5.1f} s"
         )
 
-    def evaluation(self, step: int, reward: float) -> None:
+    def evaluation(self, step: int, score: float) -> None:
         """One evaluation on held-out prompts."""
-        self._heldout.append((step, reward))
-        self._line(f"{self._elapsed()}  held-out reward after step {step}: {reward:.3f}")
+        self._heldout.append((step, score))
+        self._line(f"{self._elapsed()}  held-out {self._what} after step {step}: {score:.3f}")
 
     def end(self, folder: RunFolder, checkpoint: str) -> None:
         """The last word of a run that reached its end: results, files, what to do next."""
@@ -90,11 +95,12 @@ class Report:
         table.add_column(overflow="fold")
         if self._heldout:
             (_, before), (_, after) = self._heldout[0], self._heldout[-1]
-            table.add_row("held-out reward before", f"{before:.3f}  (step {self._heldout[0][0]})")
-            table.add_row("held-out reward after", f"{after:.3f}  (step {self._heldout[-1][0]}, {after - before:+.3f})")
-        if self._rewards:
-            curve = f"{curve_of(self._rewards)}  {self._rewards[0]:.3f} to {self._rewards[-1]:.3f}"
-            table.add_row("training reward by step", curve)
+            table.add_row(f"held-out {self._what} before", f"{before:.3f}  (step {self._heldout[0][0]})")
+            change = f"(step {self._heldout[-1][0]}, {after - before:+.3f})"
+            table.add_row(f"held-out {self._what} after", f"{after:.3f}  {change}")
+        if self._scores:
+            curve = f"{curve_of(self._scores)}  {self._scores[0]:.3f} to {self._scores[-1]:.3f}"
+            table.add_row(f"training {self._what} by step", curve)
         table.add_row("exported model", self._shown(folder.model))
         table.add_row("checkpoint", self._shown(checkpoint))
         table.add_row("samples", self._shown(folder.samples))
@@ -114,6 +120,15 @@ class Report:
     def _elapsed(self) -> str:
         seconds = int(time.monotonic() - self._began)
         return f"{seconds // 60:3d}:{seconds % 60:02d}"
+
+
+def score_of(metrics: Mapping[str, float]) -> float:
+    """The one number by which a step or an evaluation is shown: the mean reward, else the objective's value."""
+    return metrics["reward/mean"] if "reward/mean" in metrics else metrics["objective"]
+
+
+def _with_objective(loss: float, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {"objective": -loss, **metrics}
 
 
 def curve_of(values: Sequence[float], width: int = 40) -> str:

@@ -5,23 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-import statistics
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cluster.checkpoints import Checkpoints
 from cluster.fleet import Fleet
 from cluster.learner_group import LearnerGroup
-from cluster.metrics import MetricsWriter, step_report
+from cluster.metrics import MetricsWriter, evaluation_record, objective_record, step_report
 from cluster.placement import Cluster, RemoteReward, RemoteRollout, is_death
 from cluster.queue import TicketQueue
-from cluster.report import Report
+from cluster.report import Report, score_of
 from cluster.run_folder import RunFolder
 from cluster.run_state import RunState
 from cluster.signals import cancel_on_signals
 from cluster.transport import connect
 from configs.schema import Config
-from learner.types import RankReport
+from learner.objectives.build import build_objective
+from learner.objectives.interface import Objective
+from learner.types import RankReport, RowResult
 from reward.types import ScoredGroup
 from rollout.prompts import PromptOrder, PromptSet
 from rollout.types import Group, Parameters, Prompt, Sampling
@@ -39,7 +40,7 @@ class Rollouts:
         self._settings = config.rollout
         self._transport = config.learner.transport
         self._current: Parameters | None = None
-        self.fleet: Fleet[RemoteRollout] = Fleet("rollout", config.rollout.workers, self._spawn, is_death)
+        self.fleet: Fleet[RemoteRollout] = Fleet("rollout", config.rollout_workers, self._spawn, is_death)
 
     async def generate(self, prompt: Prompt, sampling: Sampling) -> Group:
         """One group. Raises RunError where it takes longer than rollout.group_timeout_s."""
@@ -85,7 +86,7 @@ class Rewards:
 
     def __init__(self, cluster: Cluster, config: Config) -> None:
         self._cluster = cluster
-        self.fleet: Fleet[RemoteReward] = Fleet("reward", config.reward.workers, self._spawn, is_death)
+        self.fleet: Fleet[RemoteReward] = Fleet("reward", config.reward_workers, self._spawn, is_death)
 
     async def score(self, group: Group) -> ScoredGroup:
         return await self.fleet.run(lambda worker: worker.score(group))
@@ -93,6 +94,8 @@ class Rewards:
     async def counts(self) -> dict[str, float]:
         """Failed tries and undecided answers of all living workers since they started, by metric name."""
         found = await self.fleet.everywhere(lambda worker: worker.counts())
+        if not found:
+            return {}
         return {f"reward_calls/{name}": float(sum(one[name] for one in found)) for name in ("retries", "undecided")}
 
     async def _spawn(self, number: int) -> RemoteReward:
@@ -116,12 +119,15 @@ class Run:
     rollouts: Rollouts
     rewards: Rewards
     learner: LearnerGroup
+    objective: Objective
     metrics: MetricsWriter
     report: Report
     _sync_seconds: dict[str, float] = field(default_factory=dict)
 
     async def make_live(self, version: int) -> None:
-        """Publish the learner's parameters as `version` and load them in every rollout worker."""
+        """Publish the learner's parameters as `version` and load them in every rollout worker, if there is any."""
+        if not self.rollouts.fleet.size:
+            return
         parameters = await self.learner.publish(version)
         async with asyncio.TaskGroup() as both:  # a collective transport needs both ends at the same time
             both.create_task(self.learner.send(parameters))
@@ -136,17 +142,23 @@ class Run:
     ) -> None:
         """Record one update everywhere it is shown."""
         phases = {**seconds, **{f"sync_{phase}": value for phase, value in self._sync_seconds.items()}}
-        report = step_report(step, groups, reports, self.config.objective, phases)
+        report = step_report(step, groups, reports, self.objective, phases)
         report = replace(report, metrics={**report.metrics, **await self.rewards.counts()})
         self.metrics.step(report)
-        if self.config.run.write_samples:
-            self.metrics.samples(step, groups, self.config.objective)
+        if self.config.run.write_samples and groups[0].group.samples:
+            self.metrics.samples(step, groups, self.objective)
         self.report.step(report)
 
-    def log_evaluation(self, step: int, groups: Sequence[ScoredGroup]) -> None:
-        """Record one evaluation everywhere it is shown."""
-        self.metrics.evaluation(step, groups)
-        self.report.evaluation(step, statistics.fmean(group.rewards[0] for group in groups))
+    def log_evaluation(
+        self, step: int, groups: Sequence[ScoredGroup], measured: Mapping[int, RowResult] | None = None
+    ) -> None:
+        """Record one evaluation everywhere it is shown; `measured` where the groups have no samples."""
+        if measured is None:
+            record = evaluation_record(step, groups)
+        else:
+            record = objective_record(step, groups, self.objective, measured)
+        self.metrics.evaluation(step, record)
+        self.report.evaluation(step, score_of(record["metrics"]))
 
 
 @contextlib.asynccontextmanager
@@ -183,6 +195,7 @@ async def open_run(
             rollouts=rollouts,
             rewards=rewards,
             learner=learner,
+            objective=build_objective(config.learner.objective),
             metrics=metrics,
             report=report,
         )
@@ -200,8 +213,8 @@ async def _close(rollouts: Rollouts, rewards: Rewards, learner: LearnerGroup) ->
 
 def _count(config: Config) -> str:
     counts = (
-        (config.rollout.workers, "rollout worker"),
-        (config.reward.workers, "reward worker"),
+        (config.rollout_workers, "rollout worker"),
+        (config.reward_workers, "reward worker"),
         (config.learner.ranks, "learner rank"),
     )
-    return ", ".join(f"{count} {what}{'s' if count > 1 else ''}" for count, what in counts)
+    return ", ".join(f"{count} {what}{'s' if count > 1 else ''}" for count, what in counts if count)

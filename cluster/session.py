@@ -11,7 +11,7 @@ from cluster.checkpoints import Checkpoints
 from cluster.driver import train
 from cluster.files import write_whole
 from cluster.metrics import cut_after, read_lines
-from cluster.preflight import check_folder, check_model
+from cluster.preflight import check_folder, check_model, check_pairs
 from cluster.queue import Position
 from cluster.report import Report
 from cluster.run import open_run
@@ -27,9 +27,12 @@ from rollout.prompts import PromptSet, load_prompts
 def preflight(config: Config) -> PromptSet:
     """Everything that can be refused before a worker starts. Raises ConfigError, DataError or RewardError."""
     check_folder(config)
-    check_rewards(config.reward)
+    if config.reward is not None:
+        check_rewards(config.reward)
     tokenizer = check_model(config)
-    return load_prompts(config.data, tokenizer, config.run.seed)
+    prompts = load_prompts(config.data, tokenizer, config.run.seed)
+    check_pairs(config, prompts)
+    return prompts
 
 
 async def run_session(config: Config, resume: bool) -> None:
@@ -40,7 +43,8 @@ async def run_session(config: Config, resume: bool) -> None:
         checkpoints = Checkpoints(folder.checkpoints, config.run.keep_checkpoints)
         state, notes = _restore(config, folder, checkpoints, prompts) if resume else (fresh_state(config, prompts), [])
         write_whole(folder.config, resolved(config))
-        with Report(config.learner.steps, state.step) as report:
+        what = "reward" if config.learner.objective.online else "objective"
+        with Report(config.learner.steps, state.step, what) as report:
             for note in [*_bad_rows(prompts, folder), *notes]:
                 report.note(note)
             report.recall(read_lines(folder.steps), read_lines(folder.evaluations))

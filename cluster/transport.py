@@ -35,7 +35,7 @@ async def connect(config: Config, fleet: Fleet[RemoteRollout], learner: LearnerG
 
     NCCL: rank 0 and every rollout GPU form a group. IPC: rank 0 gets a relay to the engines on its node's GPUs.
     """
-    if config.learner.transport == "shared_memory":
+    if config.learner.transport == "shared_memory" or not config.rollout_workers:
         return
     if config.cluster.colocate:
         engines = await fleet.everywhere(_itself)

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from configs.schema import Config
+from configs.schema import Config, LearnerConfig
 
 
 class ConfigError(ValueError):
@@ -49,8 +49,10 @@ def read_yaml(path: str | Path) -> DictConfig:
 def parse(tree: Mapping[str, Any] | DictConfig, overrides: Sequence[str] = (), source: str = "config") -> Config:
     """Check a mapping with overrides applied. Raises ConfigError."""
     merged = OmegaConf.create(tree if isinstance(tree, DictConfig) else dict(tree))
+    _name_objective(merged)
     for override in overrides:
         _apply(merged, override)
+        _name_objective(merged)
     _make_absolute(merged)
     try:
         return Config.model_validate(OmegaConf.to_container(merged, resolve=True))
@@ -79,11 +81,11 @@ def field_names(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[s
     """Every 'section.key' of the schema, as a user writes it."""
     for name, field in model.model_fields.items():
         label = f"{prefix}{field.alias or name}"
-        inner = _section_of(field.annotation)
-        if inner is None:
+        inner = _sections_of(field.annotation)
+        if len(inner) != 1:
             yield label
-        else:
-            yield from field_names(inner, f"{label}.")
+        # several sections are a choice of one, and they share names
+        yield from dict.fromkeys(name for section in inner for name in field_names(section, f"{label}."))
 
 
 def _apply(tree: DictConfig, override: str) -> None:
@@ -100,6 +102,13 @@ def _apply(tree: DictConfig, override: str) -> None:
         raise ConfigError(f"override '{override}' cannot be applied: {_one_line(error)}") from error
 
 
+def _name_objective(tree: DictConfig) -> None:
+    """`learner.objective: grpo` becomes {name: grpo}, so that a later override can reach into it."""
+    learner = tree.get("learner")
+    if isinstance(learner, DictConfig) and isinstance(learner.get("objective"), str):
+        learner["objective"] = {"name": learner["objective"]}
+
+
 def _make_absolute(tree: DictConfig) -> None:
     """Local paths become absolute: workers run in other folders, and a run may be resumed from another one."""
     for key in ("model.path", "data.train", "data.heldout"):
@@ -110,11 +119,17 @@ def _make_absolute(tree: DictConfig) -> None:
 
 def _explain(error: ErrorDetails) -> str:
     """One line for one pydantic error: the field as a user writes it, what is wrong, the nearest valid name."""
+    # pydantic puts the tag of a choice into the path: reward.rewards.0.exact.foo, learner.objective.grao.beta
     path = [str(part) for part in error["loc"] if not str(part).endswith("Reward")]
-    # pydantic puts the union's tag into the path of a reward: reward.rewards.0.exact.foo
+    if path[:2] == ["learner", "objective"]:
+        del path[2:3]
     label = ".".join("lambda" if part == "lambda_" else part for part in path)
     if error["type"] == "extra_forbidden":
         return f"unknown key '{label}'{_nearest(label, _known_beside(error['loc']))}"
+    if error["type"] == "union_tag_invalid":
+        tags = [tag.strip(" '") for tag in error["ctx"]["expected_tags"].split(",")]
+        given = error["ctx"]["tag"]
+        return f"'{label}' is '{given}', not one of {', '.join(tags)}{_nearest(given, tags)}"
     if error["type"] == "missing":
         return f"'{label}' is missing; add it"
     message = error["msg"].removeprefix("Value error, ")
@@ -128,6 +143,11 @@ def _known_beside(location: tuple[int | str, ...]) -> list[str]:
     if "rewards" in location:
         prefix = ".".join(str(part) for part in location[:-1])
         return [f"{prefix}.{name}" for name in _reward_fields(str(location[-2]))]
+    if location[:2] == ("learner", "objective"):
+        choices = _sections_of(LearnerConfig.model_fields["objective"].annotation)
+        tag = str(location[2])
+        chosen = next(one for one in choices if tag in typing.get_args(one.model_fields["name"].annotation))
+        return list(field_names(chosen, "learner.objective."))
     return [*field_names(), *Config.model_fields]
 
 
@@ -139,13 +159,13 @@ def _reward_fields(kind: str) -> list[str]:
     return list(by_kind[kind].model_fields) if kind in by_kind else ["kind"]
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
+def _sections_of(annotation: Any) -> list[type[BaseModel]]:
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
+    return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    # a right key in a wrong section comes first: 'learner.beta' means 'objective.beta'
+    # a right key in a wrong section comes first: 'objective.beta' means 'learner.objective.beta'
     last = name.rsplit(".", 1)[-1]
     return _suggest(name, [other for other in known if other.rsplit(".", 1)[-1] == last] or known)
 

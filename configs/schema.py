@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from configs.objectives import AnyObjective, GraoObjective, Section
 
 Dtype = Literal["float32", "bfloat16"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True)
 
 
 class ModelConfig(Section):
@@ -174,28 +172,9 @@ class RewardConfig(Section):
         return self
 
 
-class ObjectiveConfig(Section):
-    """GRAO's coefficients; see learner/objectives/grao.py for the formula."""
-
-    alpha: float = Field(default=1.0, ge=0)
-    """Weight of the exploration term."""
-    beta: float = Field(default=0.5, ge=0)
-    """Weight of the imitation term."""
-    lambda_: float = Field(default=0.6, ge=0, alias="lambda")
-    """Weight of the alignment regulariser."""
-    advantage_group: Literal["samples_and_reference", "samples"] = "samples_and_reference"
-    """Over which rewards mean and std are taken: the G samples and the reference, or the G samples alone."""
-    temperature: Literal["rollout", "one"] = "rollout"
-    """Whose log-probabilities enter J: the sampled distribution's, as the policy gradient needs, or temperature 1."""
-
-    @model_validator(mode="after")
-    def _some_term(self) -> ObjectiveConfig:
-        if self.alpha == self.beta == self.lambda_ == 0:
-            raise ValueError("alpha, beta and lambda are all 0, so nothing would be learned; raise one")
-        return self
-
-
 class LearnerConfig(Section):
+    objective: AnyObjective = Field(default_factory=GraoObjective)
+    """What is trained: a name (grao, grpo, sft, dpo), or {name: ..., and its settings}; see configs/objectives.py."""
     ranks: int = Field(default=1, ge=1)
     """ZeRO-3 ranks over which parameters, gradients and optimizer state are divided."""
     steps: int = Field(default=100, ge=1)
@@ -233,6 +212,19 @@ class LearnerConfig(Section):
     step_timeout_s: float = Field(default=3600, gt=0)
     """Longest time of one update."""
 
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        """A bare name stands for that objective's defaults, settings without a name for GRAO's."""
+        if isinstance(given, str):
+            return {"name": given}
+        return {"name": "grao", **given} if isinstance(given, dict) else given
+
+    @property
+    def keeps_start_model(self) -> bool:
+        """Whether a frozen copy of the model that training started from is kept."""
+        return self.kl_every > 0 or self.objective.needs_start_model
+
 
 class ClusterConfig(Section):
     address: str | None = None
@@ -267,11 +259,21 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
-    reward: RewardConfig
-    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    reward: RewardConfig | None = None
+    """Needed by objectives that train on samples of the policy."""
     learner: LearnerConfig = Field(default_factory=LearnerConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     run: RunConfig
+
+    @property
+    def rollout_workers(self) -> int:
+        """0 where the objective needs no samples."""
+        return self.rollout.workers if self.learner.objective.online else 0
+
+    @property
+    def reward_workers(self) -> int:
+        """0 where the objective needs no rewards."""
+        return self.reward.workers if self.reward is not None and self.learner.objective.online else 0
 
     @property
     def longest_sequence(self) -> int:
@@ -281,6 +283,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _possible(self) -> Config:
         learner, cluster, rollout = self.learner, self.cluster, self.rollout
+        if self.reward is None and learner.objective.online:
+            raise ValueError(f"'reward' is missing, and objective '{learner.objective.name}' needs it; add it")
         if learner.tokens_per_micro_batch < self.longest_sequence:
             raise ValueError(
                 f"learner.tokens_per_micro_batch is {learner.tokens_per_micro_batch}, but one row can have"

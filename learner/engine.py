@@ -6,11 +6,13 @@ is one rank. DeepSpeed gathers a layer's parameters just before it computes and 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -61,25 +63,34 @@ class ZeroEngine:
         self._policy = self._build()
         for_training = _zero_settings(_elements(self._policy), world, self._config)
         self._engine = _initialize(self._policy, for_training, self._optimizer(self._policy))
-        self._check()
+        with self._untraced():
+            self._policy.check_isolation(self._device)
         self._engine.train()
-        if self._config.kl_every:
+        if self._config.keeps_start_model:
             frozen = self._build().requires_grad_(False)
             self._start_model = _initialize(frozen, _zero_settings(_elements(frozen), world, self._config), None)
             self._start_model.eval()
         return _elements(self._policy)
 
     def forward_backward(
-        self, batches: Sequence[MicroBatch], loss_temperature: float, rollout_temperature: float
+        self,
+        batches: Sequence[MicroBatch],
+        loss_temperature: float,
+        rollout_temperature: float,
+        weigh: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
     ) -> list[HeadOutput]:
         """Add the gradients of `batches` (the same number on every rank) to what `update` will use.
 
-        Returns every batch's outputs on the CPU.
+        `weigh` makes the weights of batch k from its log-probabilities f32[M]; None uses those of the batch. Returns
+        every batch's outputs on the CPU.
         """
         self._zero.grad_partitions_flat_buffer.zero_()
         outputs = []
-        for batch in batches:
-            output = self._engine(self._tensors(batch), loss_temperature, rollout_temperature, self._config.head_chunk)
+        for number, batch in enumerate(batches):
+            by_logprobs = None if weigh is None else partial(weigh, number)
+            output = self._engine(
+                self._tensors(batch), loss_temperature, rollout_temperature, self._config.head_chunk, by_logprobs
+            )
             # The one place that cancels DeepSpeed's scaling: it takes the mean over the ranks, we want the sum.
             # (Its division by the number of micro-batches is not asked for: their number changes from step to step.)
             self._engine.backward(output.loss * self._world, scale_wrt_gas=False)
@@ -105,14 +116,28 @@ class ZeroEngine:
         """Drop the gradients of `forward_backward`."""
         self._zero.zero_grad()
 
-    def start_model_logprobs(self, batches: Sequence[MicroBatch], temperature: float) -> list[torch.Tensor]:
-        """f32[M] of every batch: log-probability of each target under the start model. Needs learner.kl_every."""
-        assert self._start_model is not None, "learner.kl_every is 0, so no start model was kept"
+    def start_model_values(
+        self, batches: Sequence[MicroBatch], loss_temperature: float, rollout_temperature: float
+    ) -> list[HeadOutput]:
+        """Every batch's outputs under the start model, on the CPU. Needs learner.keeps_start_model."""
+        assert self._start_model is not None, "no start model was kept"
+        return self._values(self._start_model, batches, loss_temperature, rollout_temperature)
+
+    def values(
+        self, batches: Sequence[MicroBatch], loss_temperature: float, rollout_temperature: float
+    ) -> list[HeadOutput]:
+        """Every batch's outputs under the current parameters, on the CPU; no gradients."""
+        with self._untraced():
+            return self._values(self._policy, batches, loss_temperature, rollout_temperature)
+
+    def _values(
+        self, model: torch.nn.Module, batches: Sequence[MicroBatch], loss_temperature: float, rollout_temperature: float
+    ) -> list[HeadOutput]:
         found = []
         with torch.no_grad():
             for batch in batches:
-                output = self._start_model(self._tensors(batch), temperature, temperature, self._config.head_chunk)
-                found.append(output.logprobs.cpu())
+                output = model(self._tensors(batch), loss_temperature, rollout_temperature, self._config.head_chunk)
+                found.append(HeadOutput(*(tensor.cpu() for tensor in output)))
         return found
 
     def largest(self, value: int) -> int:
@@ -236,8 +261,9 @@ class ZeroEngine:
         del watched
         return policy
 
-    def _check(self) -> None:
-        """The model's own check of two forward passes, which must leave no trace in DeepSpeed.
+    @contextlib.contextmanager
+    def _untraced(self) -> Iterator[None]:
+        """Forward passes without backward, which must leave no trace in DeepSpeed.
 
         It learns from the first passes which parameters are soon needed again, and remembers for good what it
         concludes from two in a row: from forward passes alone that nothing is, so that each backward pass would
@@ -245,8 +271,10 @@ class ZeroEngine:
         """
         coordinator = self._zero.parameter_offload.get_param_coordinator()
         hook = self._policy.register_forward_hook(lambda *_: coordinator._invalidate_trace())
-        self._policy.check_isolation(self._device)
-        hook.remove()
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _optimizer(self, policy: PolicyModel) -> torch.optim.Optimizer:
         """AdamW of torch in its fused form: one pass over a flat slice, and nothing to compile on either device."""

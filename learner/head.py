@@ -1,9 +1,10 @@
 """The loss from hidden states, without keeping logits: chunk by chunk, gradients formed in the forward pass.
 
-The loss is minus the sum of w_m * log p(target_m), with weights known before the forward pass. So the gradient of the
-loss to a chunk's logits is known as soon as its softmax is, and three matrix products per chunk are all: logits,
+The loss is minus the sum of w_m * log p(target_m). Where the weights are known before the forward pass, the gradient of
+the loss to a chunk's logits is known as soon as its softmax is, and three matrix products per chunk are all: logits,
 gradient to the hidden states, gradient to the head's weight. A chunk's logits are overwritten by their gradient and
-then by the next chunk's logits; backward() only multiplies by the loss's own gradient.
+then by the next chunk's logits; backward() only multiplies by the loss's own gradient. Where the weights follow from
+the log-probabilities (a clipped ratio, a preference), a first pass without gradients finds these, at one product more.
 
 With logits z = cap(scale * (h W' + b)), cap(x) = c tanh(x/c) where the model has a soft cap, and temperature T:
 
@@ -18,7 +19,8 @@ chunk costs a few percent of the product that made it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,11 +31,16 @@ TILE_ELEMENTS = 2**22
 """Logits in float32 at the same time: softmax works through a chunk in tiles of rows this large (16 MiB)."""
 
 
+Weigh = Callable[[torch.Tensor], torch.Tensor]
+"""f32[M] log-probabilities at the loss temperature to f32[M] weights."""
+
+
 class HeadOutput(NamedTuple):
     """M targets. A named tuple, because ZeRO-3's hooks look for tensors in tuples."""
 
     loss: torch.Tensor
-    """f32[] minus the sum of weights * logprobs; the only output with a gradient."""
+    """f32[] minus the sum of weights * logprobs; the only output with a gradient. Where the weights come from the
+    log-probabilities, only its gradient means something."""
     logprobs: torch.Tensor
     """f32[M] log-probability of each target at the loss temperature."""
     rollout_logprobs: torch.Tensor
@@ -78,9 +85,11 @@ class LossHead(nn.Module):
         loss_temperature: float,
         rollout_temperature: float,
         chunk: int,
+        weigh: Weigh | None = None,
     ) -> HeadOutput:
         """hidden [M, D] in the parameters' type, targets i64[M], weights f32[M]; M may be 0.
 
+        `weigh` makes the weights that are used from the log-probabilities, taken as constants.
         Under no_grad nothing but the outputs is computed. The loss cannot be differentiated twice.
         """
         options = HeadOptions(
@@ -91,6 +100,10 @@ class LossHead(nn.Module):
             softcap=self._softcap,
             gradients=torch.is_grad_enabled(),
         )
+        if weigh is not None and options.gradients:
+            values_only = replace(options, gradients=False)
+            first = _OnePass.apply(hidden.detach(), self.weight, self.bias, targets, weights, values_only)
+            weights = weigh(HeadOutput(*first).logprobs)
         return HeadOutput(*_OnePass.apply(hidden, self.weight, self.bias, targets, weights, options))
 
 

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from configs.schema import Dtype
 from learner.attention import NAME, ModelError, SharedMap, check_attention, shared_map
-from learner.head import HeadOutput, LossHead
+from learner.head import HeadOutput, LossHead, Weigh
 from learner.packing import plan
 from learner.types import MicroBatch, Row
 
@@ -74,12 +74,18 @@ class PolicyModel(nn.Module):
         return self
 
     def forward(
-        self, tensors: MicroBatchTensors, loss_temperature: float, rollout_temperature: float, chunk: int
+        self,
+        tensors: MicroBatchTensors,
+        loss_temperature: float,
+        rollout_temperature: float,
+        chunk: int,
+        weigh: Weigh | None = None,
     ) -> HeadOutput:
         """Loss of one micro-batch and what it says of every target; loss.backward() gives the gradients.
 
-        `chunk` is the number of targets whose logits exist at the same time. A micro-batch without targets gives a
-        loss of 0 that depends on every parameter, so that all of ZeRO-3's ranks take part in the same collectives.
+        `chunk` is the number of targets whose logits exist at the same time; `weigh` is the head's. A micro-batch
+        without targets gives a loss of 0 that depends on every parameter, so that all of ZeRO-3's ranks take part in
+        the same collectives.
         """
         decoded = self.hf.get_decoder()(
             input_ids=tensors.token_ids,
@@ -89,7 +95,7 @@ class PolicyModel(nn.Module):
         )
         hidden = decoded.last_hidden_state[0].index_select(0, tensors.predict_at)
         return self.hf.get_output_embeddings()(
-            hidden, tensors.targets, tensors.weights, loss_temperature, rollout_temperature, chunk
+            hidden, tensors.targets, tensors.weights, loss_temperature, rollout_temperature, chunk, weigh
         )
 
     @torch.no_grad()

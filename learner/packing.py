@@ -60,17 +60,24 @@ class _Bin:
 
 
 def plan(
-    rows: Sequence[Row], prompts: Sequence[tuple[int, ...]], ranks: int, token_budget: int
+    rows: Sequence[Row],
+    prompts: Sequence[tuple[int, ...]],
+    ranks: int,
+    token_budget: int,
+    whole_groups: bool = False,
 ) -> tuple[tuple[MicroBatch, ...], ...]:
     """Divide a step's rows: [rank][k], the same k (at least 1) on every rank, every row exactly once.
 
     `prompts` are token ids by group index. A micro-batch has at most `token_budget` positions. Where there is nothing
     left for a rank, its micro-batch has no rows and no targets, and one position so that the forward pass runs.
+    `whole_groups` keeps a group's rows in one micro-batch, for a loss that couples them.
     Raises PackingError for a row that no micro-batch can hold, ValueError for an empty prompt or row.
     """
     layouts = _layouts(rows, prompts, token_budget)
+    if whole_groups:
+        _refuse_parts(layouts, rows, token_budget)
     best = _deal(_pack(layouts, ranks, token_budget), ranks)
-    for _ in range(min(ranks, MOST_SPLITS) if ranks > 1 else 0):
+    for _ in range(min(ranks, MOST_SPLITS) if ranks > 1 and not whole_groups else 0):
         layouts = _split_costliest(layouts, rows)
         best = min(best, _deal(_pack(layouts, ranks, token_budget), ranks), key=_duration)
     return tuple(tuple(_micro_batch(best[k][rank].layouts, rows) for k in range(len(best))) for rank in range(ranks))
@@ -102,6 +109,20 @@ def _layouts(rows: Sequence[Row], prompts: Sequence[tuple[int, ...]], budget: in
                 parts[fit] = (parts[fit][0] + need, [*parts[fit][1], index])
         layouts += [_layout(prompt, part, rows) for _, part in parts]
     return layouts
+
+
+def _refuse_parts(layouts: Sequence[_Layout], rows: Sequence[Row], budget: int) -> None:
+    """Raises PackingError where a group fell into several layouts."""
+    seen: set[int] = set()
+    for layout in layouts:
+        group = rows[layout.rows[0]].group
+        if group in seen:
+            need = len(layout.prompt) + sum(len(row.token_ids) - 1 for row in rows if row.group == group)
+            raise PackingError(
+                f"learner.tokens_per_micro_batch is {budget}, but group {group}, whose rows belong together, needs"
+                f" {need} positions; raise it to that or more"
+            )
+        seen.add(group)
 
 
 def _layout(prompt: tuple[int, ...], indices: Sequence[int], rows: Sequence[Row]) -> _Layout:
@@ -194,6 +215,9 @@ def _micro_batch(layouts: Sequence[_Layout], rows: Sequence[Row]) -> MicroBatch:
         predict_at=_joined(predict_at, np.int64),
         targets=_joined([np.array(row.token_ids) for row in members], np.int64),
         weights=np.repeat(np.array([row.weight / len(row.token_ids) for row in members], dtype=np.float32), lengths),
+        kl_weights=np.repeat(
+            np.array([row.kl_weight / len(row.token_ids) for row in members], dtype=np.float32), lengths
+        ),
         behavior_logprobs=_joined([_behavior(row) for row in members], np.float32),
         row_of=np.repeat(np.arange(len(members)), lengths),
         rows=tuple(index for layout in layouts for index in layout.rows),

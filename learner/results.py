@@ -3,39 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from learner.objectives.interface import Floats, Weighed, per_row
 from learner.types import MicroBatch, RowResult
 
-Floats = npt.NDArray[np.float64]
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """f64[M] of a model's forward pass."""
+
+    logprobs: Floats
+    """At the loss temperature."""
+    rollout_logprobs: Floats
+    """At the rollout's temperature."""
+    entropy: Floats
 
 
-def row_results(
-    batch: MicroBatch, logprobs: Floats, rollout_logprobs: Floats, entropy: Floats, start_logprobs: Floats | None
-) -> list[RowResult]:
+def row_results(batch: MicroBatch, values: Values, start: Values | None, weighed: Weighed | None) -> list[RowResult]:
     """Results of one micro-batch.
 
-    f64[M] each: log-probabilities at the objective's and at the rollout's temperature, entropies, and the start
-    model's log-probabilities at the rollout's temperature (None: no KL asked for).
+    start: the start model's values (None: not asked for). weighed: None for an objective that is linear.
     """
     count = len(batch.rows)
+    logprobs, rollout_logprobs = values.logprobs, values.rollout_logprobs
 
     def total(values: Floats) -> Floats:
-        return np.bincount(batch.row_of, weights=values, minlength=count).astype(np.float64)
+        return per_row(batch, values)
 
+    if weighed is None:
+        nothing = np.zeros_like(logprobs)
+        gain = total(batch.weights * logprobs)
+        weighed = Weighed(weights=nothing, gain=gain, penalty=np.zeros(count), clipped=np.zeros(count))
     sampled = ~np.isnan(batch.behavior_logprobs)
     gap = np.where(sampled, np.abs(rollout_logprobs - np.where(sampled, batch.behavior_logprobs, 0.0)), 0.0)
     gap_max = np.zeros(count)
     np.maximum.at(gap_max, batch.row_of, gap)
-    kl = np.full(count, np.nan) if start_logprobs is None else total(k3(start_logprobs - rollout_logprobs))
+    kl = log_ratio = np.full(count, np.nan)
+    if start is not None:
+        kl = total(k3(start.rollout_logprobs - rollout_logprobs))
+        log_ratio = total(logprobs - start.logprobs)
     mean = total(logprobs) / total(np.ones_like(logprobs))
-    gap_sum, entropy_sum = total(gap), total(entropy)
+    gap_sum, entropy_sum = total(gap), total(values.entropy)
     return [
         RowResult(
             row=row,
             mean_logprob=float(mean[k]),
+            gain=float(weighed.gain[k]),
+            penalty=float(weighed.penalty[k]),
+            clipped=float(weighed.clipped[k]),
+            log_ratio_sum=float(log_ratio[k]),
             gap_sum=float(gap_sum[k]),
             gap_max=float(gap_max[k]),
             kl_sum=float(kl[k]),

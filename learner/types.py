@@ -20,13 +20,15 @@ class Row:
 
     group: int
     """Index of the group in the step; rows of one group share its prompt."""
-    kind: Literal["sample", "reference"]
+    kind: Literal["sample", "reference", "rejected"]
     token_ids: tuple[int, ...]
     """[T] the answer's tokens."""
     logprobs: tuple[float, ...] | None
     """[T] the rollout's log-probabilities, or None for the reference."""
     weight: float
     """Signed, already divided by the step's global count (number of groups)."""
+    kl_weight: float = 0.0
+    """What the row's mean KL penalty to the start model is multiplied by, divided by the same count."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,8 @@ class MicroBatch:
     """[M] token ids to predict."""
     weights: npt.NDArray[np.float32]
     """[M] row weight / row length: the loss is minus the sum of weights * log-probabilities."""
+    kl_weights: npt.NDArray[np.float32]
+    """[M] row kl_weight / row length; all 0 for an objective without a KL penalty."""
     behavior_logprobs: npt.NDArray[np.float32]
     """[M] the rollout's log-probabilities; NaN where there are none (reference)."""
     row_of: npt.NDArray[np.int64]
@@ -66,7 +70,15 @@ class RowResult:
     row: int
     """Index in the step's list of rows."""
     mean_logprob: float
-    """J, at the loss temperature (objective.temperature)."""
+    """J, at the loss temperature (learner.objective)."""
+    gain: float
+    """What the row adds to the objective, KL penalty left out: weight * J where the objective is linear."""
+    penalty: float
+    """What the row's KL penalty takes away from the objective."""
+    clipped: float
+    """Tokens whose probability ratio was clipped or capped."""
+    log_ratio_sum: float
+    """Log-probability of the row less the start model's, at the loss temperature; NaN where it was not needed."""
     gap_sum: float
     """Sum over tokens of |learner - rollout log-probability|, both at the rollout's temperature; 0 for a reference."""
     gap_max: float
@@ -102,7 +114,7 @@ class StepReport:
     """Number of updates done, this one included; the version it produces."""
     loss: float
     terms: Mapping[str, float]
-    """Value of each term of the objective (exploration, imitation, regulariser), already times its coefficient."""
+    """Value of each term of the objective (GRAO: exploration, imitation, regulariser), coefficient included."""
     shares: Mapping[str, float]
     """|term| / sum of |terms|; all 0 where every term is 0."""
     grad_norm: float

@@ -10,13 +10,16 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from configs.schema import LearnerConfig, ModelConfig, ObjectiveConfig, RolloutConfig
+import numpy as np
+
+from configs.schema import LearnerConfig, ModelConfig, RolloutConfig
 from learner.errors import LearnerError
 from learner.layout import pack
 from learner.network import free_port, own_address
-from learner.objectives.grao import rows as grao_rows
+from learner.objectives.build import build_objective
+from learner.objectives.interface import Floats, Weighed
 from learner.packing import plan
-from learner.results import Floats, first_not_finite, row_results
+from learner.results import Values, first_not_finite, row_results
 from learner.schedule import learning_rate
 from learner.types import MicroBatch, RankReport, Row, RowResult
 from reward.types import ScoredGroup
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from learner.engine import ZeroEngine
+    from learner.head import HeadOutput
     from learner.publisher import EngineClient, Publisher, Trainer
 
 __all__ = ["LearnerError", "LearnerRank"]
@@ -35,6 +39,10 @@ def _floats(tensor: torch.Tensor) -> Floats:
     return tensor.double().numpy()
 
 
+def _values(output: HeadOutput) -> Values:
+    return Values(_floats(output.logprobs), _floats(output.rollout_logprobs), _floats(output.entropy))
+
+
 class LearnerRank:
     """Collective: every rank gets the same calls with the same arguments, in the same order."""
 
@@ -42,12 +50,12 @@ class LearnerRank:
         self,
         model: ModelConfig,
         learner: LearnerConfig,
-        objective: ObjectiveConfig,
         rollout: RolloutConfig,
         device: Literal["cpu", "gpu"],
         seed: int,
     ) -> None:
-        self._model, self._learner, self._objective, self._rollout = model, learner, objective, rollout
+        self._model, self._learner, self._rollout = model, learner, rollout
+        self._objective = build_objective(learner.objective)
         self._device, self._seed = device, seed
         self._rank, self._world, self._secret = 0, 1, ""
         self._engine: ZeroEngine
@@ -89,16 +97,19 @@ class LearnerRank:
         Raises LearnerError, with parameters unchanged, where a loss or the gradient's norm is not finite.
         """
         begun = time.perf_counter()
-        rows = grao_rows(groups, self._objective)
+        rows = self._objective.rows(groups)
         prompts = [scored.group.prompt.token_ids for scored in groups]
-        batches: Sequence[MicroBatch] = ()
-        if rows:
-            batches = plan(rows, prompts, self._world, self._learner.tokens_per_micro_batch)[self._rank]
+        batches = self._plan(rows, prompts)
         packed = time.perf_counter()
         results = self._compute(step, batches, rows, groups) if rows else ()
         computed = time.perf_counter()
         rate = learning_rate(step, self._learner)
         grad_norm = self._engine.update(step, rate) if rows else 0.0
+        seconds = {
+            "pack": packed - begun,
+            "forward_backward": computed - packed,
+            "optimizer": time.perf_counter() - computed,
+        }
         mine = [rows[result.row] for result in results]
         return RankReport(
             rank=self._rank,
@@ -108,27 +119,64 @@ class LearnerRank:
             unique_tokens=sum(len(batch.token_ids) for batch in batches if batch.rows),
             nominal_tokens=sum(len(prompts[row.group]) + len(row.token_ids) for row in mine),
             micro_batches=len(batches),
-            seconds={
-                "pack": packed - begun,
-                "forward_backward": computed - packed,
-                "optimizer": time.perf_counter() - computed,
-            },
+            seconds=seconds,
+        )
+
+    def measure(self, groups: Sequence[ScoredGroup]) -> tuple[RowResult, ...]:
+        """What the objective says of groups that are not trained on: this rank's share of their rows; no gradients."""
+        batches = self._plan(self._objective.rows(groups), [scored.group.prompt.token_ids for scored in groups])
+        temperatures = self._temperatures()
+        start = self._start_values(batches) if self._learner.objective.needs_start_model else [None] * len(batches)
+        found = [_values(output) for output in self._engine.values(batches, *temperatures)]
+        results: list[RowResult] = []
+        for batch, values, begin in zip(batches, found, start, strict=True):
+            results += row_results(batch, values, begin, self._weighed(batch, values.logprobs, begin))
+        return tuple(results)
+
+    def _plan(self, rows: Sequence[Row], prompts: Sequence[tuple[int, ...]]) -> Sequence[MicroBatch]:
+        """This rank's micro-batches; none where there are no rows at all."""
+        if not rows:
+            return ()
+        budget, together = self._learner.tokens_per_micro_batch, self._learner.objective.keeps_pairs
+        return plan(rows, prompts, self._world, budget, together)[self._rank]
+
+    def _temperatures(self) -> tuple[float, float]:
+        """(loss, rollout)"""
+        rollout = self._rollout.temperature
+        return rollout if self._learner.objective.loss_temperature == "rollout" else 1.0, rollout
+
+    def _start_values(self, batches: Sequence[MicroBatch]) -> list[Values | None]:
+        return [_values(output) for output in self._engine.start_model_values(batches, *self._temperatures())]
+
+    def _weighed(self, batch: MicroBatch, logprobs: Floats, start: Values | None) -> Weighed | None:
+        """None for a linear objective."""
+        if self._objective.weigh is None:
+            return None
+        return self._objective.weigh(
+            batch, logprobs, np.full_like(logprobs, np.nan) if start is None else start.logprobs
         )
 
     def _compute(
         self, step: int, batches: Sequence[MicroBatch], rows: Sequence[Row], groups: Sequence[ScoredGroup]
     ) -> list[RowResult]:
         """Forward and backward of this rank's micro-batches; the gradients stay in the engine."""
-        rollout_temperature = self._rollout.temperature
-        loss_temperature = rollout_temperature if self._objective.temperature == "rollout" else 1.0
-        start: list[Floats | None] = [None] * len(batches)
-        if self._learner.kl_every and step % self._learner.kl_every == 0:
-            start = [_floats(found) for found in self._engine.start_model_logprobs(batches, rollout_temperature)]
-        outputs = self._engine.forward_backward(batches, loss_temperature, rollout_temperature)
+        start: list[Values | None] = [None] * len(batches)
+        kl_is_due = self._learner.kl_every > 0 and step % self._learner.kl_every == 0
+        if self._learner.objective.needs_start_model or kl_is_due:
+            start = self._start_values(batches)
+        weighed: list[Weighed | None] = [None] * len(batches)
+
+        def weigh(number: int, logprobs: torch.Tensor) -> torch.Tensor:
+            made = self._weighed(batches[number], _floats(logprobs.cpu()), start[number])
+            assert made is not None
+            weighed[number] = made
+            return logprobs.new_tensor(made.weights)
+
+        by_logprobs = None if self._objective.weigh is None else weigh
+        outputs = self._engine.forward_backward(batches, *self._temperatures(), by_logprobs)
         results: list[RowResult] = []
-        for batch, output, begin in zip(batches, outputs, start, strict=True):
-            logprobs, rollout_logprobs, entropy = (_floats(value) for value in output[1:])
-            results += row_results(batch, logprobs, rollout_logprobs, entropy, begin)
+        for batch, output, begin, how in zip(batches, outputs, start, weighed, strict=True):
+            results += row_results(batch, _values(output), begin, how)
         # one rank that raises alone would leave the others waiting for it
         bad = self._engine.largest(first_not_finite(results))
         if bad >= 0:

@@ -19,7 +19,10 @@ class Breakdown:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
-    """A group with the total reward of every sample and of the reference answer. All values are finite."""
+    """A group with the total reward of every sample and of the reference answer. All values are finite.
+
+    Training that uses no samples has groups without any; then there are no rewards and `reference_reward` is NaN.
+    """
 
     group: Group
     rewards: tuple[float, ...]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from learner.types import RowResult
 from reward.types import ScoredGroup
 from rollout.types import Group, Prompt, Sample
 
@@ -44,13 +45,13 @@ def write_model(folder: Path, family: str, **settings: Any) -> Path:
 
 
 def group(prompt: Sequence[int], samples: Sequence[Sequence[int]], reference: Sequence[int], rewards: Sequence[float],
-          reference_reward: float) -> ScoredGroup:  # fmt: skip
+          reference_reward: float, rejected: Sequence[int] | None = None) -> ScoredGroup:  # fmt: skip
     """A scored group from token ids; everything that the learner does not read is empty."""
     return ScoredGroup(
         group=Group(
             prompt=Prompt(
                 id="p", token_ids=tuple(prompt), text="", reference_ids=tuple(reference), reference_text="",
-                rejected_ids=None, rejected_text=None, extra={},
+                rejected_ids=None if rejected is None else tuple(rejected), rejected_text=None, extra={},
             ),
             samples=tuple(
                 Sample(
@@ -81,3 +82,11 @@ def random_group(
         [draw.choice([0.0, 0.25, 1.0]) for _ in range(samples)],
         draw.choice([0.0, 1.0]),
     )
+
+
+def row_result(row: int, gain: float = 0.0, **fields: float) -> RowResult:
+    """A result of which a test needs a few fields only."""
+    others = dict.fromkeys(
+        ("mean_logprob", "penalty", "clipped", "log_ratio_sum", "gap_sum", "gap_max", "kl_sum", "entropy_sum"), 0.0
+    )
+    return RowResult(row=row, gain=gain, **{**others, **fields})

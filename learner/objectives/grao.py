@@ -1,4 +1,4 @@
-"""GRAO: scored groups to weighted rows. Pure Python.
+"""GRAO: explore, imitate, and keep the two in balance. Pure Python.
 
 Source: "Learning to Align, Aligning to Learn" (arXiv 2508.07750v1), Eq. 3 and 4. For a prompt q with reference y and
 samples o_1..o_G, and J(x) the mean token log-probability of x given q, the objective to maximise is
@@ -22,7 +22,9 @@ that group, its formula does not, so both readings are offered:
 
 Where the paper is silent: std = 0 means all advantages are 0; such a group has no signal, gives no rows, and still
 counts. The one global count that every weight is divided by is the number of groups of the step, those without signal
-included. Samples that are all equal do carry signal (in the default reading) where the reference scores differently.
+included. Off-policy samples can be clipped or capped by learner/objectives/ratio.py, which the paper does not do and
+which is off by default. Samples that are all equal do carry signal (in the default reading) where the reference scores
+differently.
 """
 
 from __future__ import annotations
@@ -30,26 +32,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
-from configs.schema import ObjectiveConfig
-from learner.types import Row
+from configs.objectives import GraoObjective
+from learner.objectives.interface import Advantages, Weigh
+from learner.objectives.ratio import ratio_of
+from learner.types import Row, RowResult
 from reward.types import ScoredGroup
 
 AdvantageGroup = Literal["samples_and_reference", "samples"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Advantages:
-    """Advantages of one group."""
-
-    samples: tuple[float, ...]
-    """[G] A_i"""
-    reference: float
-    """A_y"""
-    has_signal: bool
-    """False where the rewards that mean and std are taken over are all equal; then every advantage is 0."""
 
 
 def advantages(rewards: Sequence[float], reference_reward: float, advantage_group: AdvantageGroup) -> Advantages:
@@ -67,62 +58,68 @@ def advantages(rewards: Sequence[float], reference_reward: float, advantage_grou
     )
 
 
-def rows(groups: Sequence[ScoredGroup], objective: ObjectiveConfig) -> list[Row]:
-    """The sequences of a step with their weights, group by group: samples in order, then the reference.
+class Grao:
+    def __init__(self, config: GraoObjective) -> None:
+        self._config = config
+        linear = config.clip is None and config.importance_cap is None
+        self.weigh: Weigh | None = None if linear else ratio_of(config)
 
-    A row whose weight is exactly 0 is left out: it changes neither the loss nor any term, and costs a forward pass.
-    """
-    found: list[Row] = []
-    for index, scored in enumerate(groups):
-        prompt, samples = scored.group.prompt, scored.group.samples
-        advantage = advantages(scored.rewards, scored.reference_reward, objective.advantage_group)
-        of_sample = (objective.alpha + objective.lambda_) / (len(samples) * len(groups))
-        of_reference = sum(_reference_factors(objective, len(samples))) / len(groups)
-        found += [
-            Row(group=index, kind="sample", token_ids=sample.token_ids, logprobs=sample.logprobs, weight=of_sample * a)
-            for sample, a in zip(samples, advantage.samples, strict=True)
-        ]
-        weight = of_reference * advantage.reference
-        found.append(Row(group=index, kind="reference", token_ids=prompt.reference_ids, logprobs=None, weight=weight))
-    return [row for row in found if row.weight != 0.0]
+    def advantages(self, scored: ScoredGroup) -> Advantages:
+        return advantages(scored.rewards, scored.reference_reward, self._config.advantage_group)
 
+    def rows(self, groups: Sequence[ScoredGroup]) -> list[Row]:
+        """Samples in order, then the reference.
 
-def terms(
-    groups: Sequence[ScoredGroup], rows: Sequence[Row], mean_logprobs: Mapping[int, float], objective: ObjectiveConfig
-) -> dict[str, float]:
-    """Value of each term, coefficient included, averaged over the groups; their sum is minus the loss.
+        A row whose weight is exactly 0 is left out: it changes neither the loss nor any term, and costs a forward pass.
+        """
+        found: list[Row] = []
+        for index, scored in enumerate(groups):
+            prompt, samples = scored.group.prompt, scored.group.samples
+            advantage = self.advantages(scored)
+            of_sample = (self._config.alpha + self._config.lambda_) / (len(samples) * len(groups))
+            of_reference = sum(self._reference_factors(len(samples))) / len(groups)
+            found += [
+                Row(
+                    group=index,
+                    kind="sample",
+                    token_ids=sample.token_ids,
+                    logprobs=sample.logprobs,
+                    weight=of_sample * a,
+                )
+                for sample, a in zip(samples, advantage.samples, strict=True)
+            ]
+            weight = of_reference * advantage.reference
+            found.append(
+                Row(group=index, kind="reference", token_ids=prompt.reference_ids, logprobs=None, weight=weight)
+            )
+        return [row for row in found if row.weight != 0.0]
 
-    `rows` as `rows()` gave them for `groups`; `mean_logprobs` is J by index into `rows`, at the loss temperature.
-    The weight of a row is a sum of one share per term, so each term is that share of weight * J.
-    """
-    exploration = imitation = regulariser = 0.0
-    samples_total = objective.alpha + objective.lambda_
-    for index, row in enumerate(rows):
-        value = row.weight * mean_logprobs[index]
-        if row.kind == "sample":
-            exploration += value * objective.alpha / samples_total
-            regulariser += value * objective.lambda_ / samples_total
-        else:
-            imitates, regularises = _reference_factors(objective, len(groups[row.group].rewards))
-            imitation += value * imitates / (imitates + regularises)
-            regulariser += value * regularises / (imitates + regularises)
-    return {"exploration": exploration, "imitation": imitation, "regulariser": regulariser}
+    def terms(
+        self, groups: Sequence[ScoredGroup], rows: Sequence[Row], results: Mapping[int, RowResult]
+    ) -> dict[str, float]:
+        """The three terms. A row's weight is a sum of one share per term, so each term is that share of its gain."""
+        exploration = imitation = regulariser = 0.0
+        samples_total = self._config.alpha + self._config.lambda_
+        for index, row in enumerate(rows):
+            gain = results[index].gain
+            if row.kind == "sample":
+                exploration += gain * self._config.alpha / samples_total
+                regulariser += gain * self._config.lambda_ / samples_total
+            else:
+                imitates, regularises = self._reference_factors(len(groups[row.group].rewards))
+                imitation += gain * imitates / (imitates + regularises)
+                regulariser += gain * regularises / (imitates + regularises)
+        return {"exploration": exploration, "imitation": imitation, "regulariser": regulariser}
 
+    def metrics(self, rows: Sequence[Row], results: Mapping[int, RowResult]) -> dict[str, float]:
+        tokens = sum(len(row.token_ids) for row in rows if row.kind == "sample")
+        clipped = math.fsum(result.clipped for result in results.values())
+        return {"ratio/clipped": clipped / tokens if tokens else math.nan} if self.weigh else {}
 
-def summary(groups: Sequence[ScoredGroup], objective: ObjectiveConfig) -> dict[str, float]:
-    """Scalars of a step's advantages: mean |A_i|, mean A_y (groups without signal count as 0), share without signal."""
-    found = [advantages(group.rewards, group.reference_reward, objective.advantage_group) for group in groups]
-    return {
-        "advantage_abs_mean": statistics.fmean(abs(a) for one in found for a in one.samples),
-        "advantage_reference_mean": statistics.fmean(one.reference for one in found),
-        "groups_without_signal": statistics.fmean(not one.has_signal for one in found),
-    }
+    def _reference_factors(self, samples: int) -> tuple[float, float]:
+        """What A_y is multiplied by in c_y: the imitation's share and the regulariser's.
 
-
-def _reference_factors(objective: ObjectiveConfig, samples: int) -> tuple[float, float]:
-    """What A_y is multiplied by in c_y: the imitation's share and the regulariser's.
-
-    Uses the exact value of sum_i A_i (-A_y or 0) instead of adding up rounded advantages.
-    """
-    joint = objective.advantage_group == "samples_and_reference"
-    return objective.beta, objective.lambda_ / samples if joint else 0.0
+        Uses the exact value of sum_i A_i (-A_y or 0) instead of adding up rounded advantages.
+        """
+        joint = self._config.advantage_group == "samples_and_reference"
+        return self._config.beta, self._config.lambda_ / samples if joint else 0.0

@@ -54,6 +54,11 @@ def arbitrary(call: RewardCall) -> list[float]:
     return [zlib.crc32(answer.text.encode()) % 10007 / 10007 for answer in call.answers]
 
 
+def short(call: RewardCall) -> list[float]:
+    """1 for an empty answer, less for every character: a reward that even a random model can follow."""
+    return [1 / (1 + len(answer.text) / 10) for answer in call.answers]
+
+
 def write_rows(path: Path, rows: int = 40) -> Path:
     """Questions whose answer is always the same short text: a task that even a random model learns in a few steps."""
     with path.open("w") as file:

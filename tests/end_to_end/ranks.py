@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from configs.schema import LearnerConfig, ModelConfig, ObjectiveConfig, RolloutConfig
+from configs.schema import LearnerConfig, ModelConfig, RolloutConfig
 from learner.worker import LearnerRank
 
 T = TypeVar("T")
@@ -20,14 +20,12 @@ ANSWER_TIMEOUT_S = 300
 class Ranks:
     """`world` processes with a LearnerRank each. `call` runs a function of the rank in all of them at once."""
 
-    def __init__(
-        self, model: Path, world: int, learner: LearnerConfig, objective: ObjectiveConfig, rollout: RolloutConfig
-    ) -> None:
+    def __init__(self, model: Path, world: int, learner: LearnerConfig, rollout: RolloutConfig) -> None:
         self.world, self.secret = world, os.urandom(16).hex()
         context = multiprocessing.get_context("spawn")
         self._connections: list[Connection] = []
         self._processes = []
-        settings = (ModelConfig(path=str(model)), learner, objective, rollout)
+        settings = (ModelConfig(path=str(model)), learner, rollout)
         for _ in range(world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, *settings), daemon=True)
@@ -74,10 +72,9 @@ def _serve(
     connection: Connection,
     model: ModelConfig,
     learner: LearnerConfig,
-    objective: ObjectiveConfig,
     rollout: RolloutConfig,
 ) -> None:
-    rank = LearnerRank(model, learner, objective, rollout, "cpu", seed=3)
+    rank = LearnerRank(model, learner, rollout, "cpu", seed=3)
     while (request := connection.recv()) is not None:
         function, arguments = request
         try:

@@ -6,14 +6,15 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from configs.schema import LearnerConfig, ObjectiveConfig, RolloutConfig
+from configs.schema import LearnerConfig, RolloutConfig
 from learner.schedule import learning_rate
 from reward.types import ScoredGroup
 from rollout.types import Group, Prompt, Sample
+from tests.loss_cases import logprobs_of
+from tests.naive_loss import naive_loss
 
 
 def random_group(
@@ -34,7 +35,7 @@ def random_group(
         text="",
         reference_ids=tokens(1, 12),
         reference_text="",
-        rejected_ids=None,
+        rejected_ids=tuple(range(1, 3 + number)),
         rejected_text=None,
         extra={},
     )
@@ -69,9 +70,10 @@ def random_step(seed: int, groups: int = 5, samples: int = 4) -> list[ScoredGrou
 class Reference:
     """The learner's arithmetic on one process."""
 
-    def __init__(self, model: Path, learner: LearnerConfig, objective: ObjectiveConfig, rollout: RolloutConfig) -> None:
+    def __init__(self, model: Path, learner: LearnerConfig, rollout: RolloutConfig) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
-        self._learner, self._objective, self._rollout = learner, objective, rollout
+        self._start = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+        self._learner, self._rollout = learner, rollout
         parameters = list(self.model.parameters())
         self._optimizer = torch.optim.AdamW(
             [
@@ -95,31 +97,15 @@ class Reference:
         return float(loss.detach()), float(norm), gradients
 
     def loss(self, groups: Sequence[ScoredGroup]) -> torch.Tensor:
-        """Minus the objective of Eq. 3, term by term, averaged over the groups."""
-        o = self._objective
-        temperature = self._rollout.temperature if o.temperature == "rollout" else 1.0
-        total = torch.zeros((), dtype=torch.float64)
-        for scored in groups:
-            pool = [*scored.rewards, scored.reference_reward]
-            if o.advantage_group == "samples":
-                pool = list(scored.rewards)
-            mean, std = float(np.mean(pool)), float(np.std(pool))
-            if std == 0:
-                continue
-            a = [(reward - mean) / std for reward in scored.rewards]
-            a_y = (scored.reference_reward - mean) / std
-            prompt = scored.group.prompt
-            j = [self.logprobs(prompt.token_ids, s.token_ids, temperature).mean() for s in scored.group.samples]
-            j_y = self.logprobs(prompt.token_ids, prompt.reference_ids, temperature).mean()
-            count = len(a)
-            total = total + o.alpha / count * sum(x * y for x, y in zip(a, j, strict=True))
-            total = total + o.beta * a_y * j_y
-            total = total + o.lambda_ / count * sum(x * (y - j_y) for x, y in zip(a, j, strict=True))
-        return -total / len(groups)
+        """Minus the objective, by tests/naive_loss.py."""
+        o = self._learner.objective
+        temperature = self._rollout.temperature if o.loss_temperature == "rollout" else 1.0
+        policy, start = (logprobs_of(model, temperature) for model in (self.model, self._start))
+        return naive_loss(o, groups, policy, start)
 
     def logprobs(self, prompt: tuple[int, ...], answer: tuple[int, ...], temperature: float) -> torch.Tensor:
         """f64[T]"""
-        return self._distribution(prompt, answer, temperature).gather(1, torch.tensor(answer)[:, None])[:, 0]
+        return logprobs_of(self.model, temperature)(prompt, answer)
 
     def entropy(self, prompt: tuple[int, ...], answer: tuple[int, ...], temperature: float) -> torch.Tensor:
         """f64[T] in nats."""

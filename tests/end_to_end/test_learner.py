@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-from configs.schema import LearnerConfig, ObjectiveConfig, RolloutConfig
+from configs.objectives import AnyObjective, DpoObjective, GraoObjective, GrpoObjective, SftObjective
+from configs.schema import LearnerConfig, RolloutConfig
 from learner import shards
 from learner.errors import LearnerError
 from learner.layout import file_prefix
-from learner.objectives.grao import rows as grao_rows
-from learner.objectives.grao import terms
+from learner.objectives.build import build_objective
 from learner.schedule import learning_rate
 from learner.types import RankReport
 from learner.worker import LearnerRank
@@ -28,9 +28,10 @@ from tests import tiny
 from tests.end_to_end.ranks import Ranks
 from tests.end_to_end.reference import Reference, random_group, random_step
 
-OBJECTIVE = ObjectiveConfig.model_validate({"alpha": 0.9, "beta": 0.5, "lambda": 0.6})
+OBJECTIVE = GraoObjective.model_validate({"alpha": 0.9, "beta": 0.5, "lambda": 0.6})
 ROLLOUT = RolloutConfig(temperature=0.7, dtype="float32", samples_per_prompt=4)
 LEARNER = LearnerConfig(
+    objective=OBJECTIVE,
     dtype="float32",
     learning_rate=1e-3,
     warmup_steps=2,
@@ -112,7 +113,7 @@ def whole(folder: Path, model: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def run(request: pytest.FixtureRequest, odd_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    ranks = Ranks(odd_model, request.param, LEARNER, OBJECTIVE, ROLLOUT)
+    ranks = Ranks(odd_model, request.param, LEARNER, ROLLOUT)
     made = Run(odd_model, ranks, tmp_path_factory.mktemp("run") / "start")
     yield made
     ranks.close()
@@ -146,8 +147,29 @@ def assert_same_gradients(
         assert difference <= 1e-5 * (gradient.norm() + 0.1 * whole), name
 
 
-def use_objective(rank: LearnerRank, objective: ObjectiveConfig) -> None:
-    rank._objective = objective
+def use_objective(rank: LearnerRank, objective: AnyObjective) -> None:
+    rank._learner = rank._learner.model_copy(update={"objective": objective})
+    rank._objective = build_objective(objective)
+
+
+def assert_first_step(run: Run, objective: AnyObjective, tmp_path: Path) -> None:
+    """The first step's loss, norm and gradients under this objective are the reference's."""
+    run.reset()
+    run.ranks.call(use_objective, objective)
+    learner = LEARNER.model_copy(update={"objective": objective})
+    try:
+        groups = random_step(20)
+        loss, norm, gradients = Reference(run.model, learner, ROLLOUT).step(1, groups)
+        reports = run.step(1, groups)
+    finally:
+        run.ranks.call(use_objective, OBJECTIVE)
+    method = build_objective(objective)
+    results = {row.row: row for report in reports for row in report.rows}
+    found = method.terms(groups, method.rows(groups), results)
+    assert loss != 0
+    assert -sum(found.values()) == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    assert [report.grad_norm for report in reports] == pytest.approx([norm] * len(reports), rel=1e-5)
+    assert_same_gradients(run.state(tmp_path / "state"), gradients, norm)
 
 
 @pytest.mark.parametrize("reading", ["samples_and_reference", "samples"])
@@ -156,26 +178,48 @@ def test_every_coefficient_and_both_readings(
     run: Run, coefficients: tuple[float, float, float], reading: str, tmp_path: Path
 ) -> None:
     given = dict(zip(("alpha", "beta", "lambda"), coefficients, strict=True))
-    objective = ObjectiveConfig.model_validate({**given, "advantage_group": reading})
+    assert_first_step(run, GraoObjective.model_validate({**given, "advantage_group": reading}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        GraoObjective(clip=0.2),
+        GraoObjective(importance_cap=2.0),
+        GrpoObjective(name="grpo"),
+        SftObjective(name="sft"),
+        DpoObjective(name="dpo"),
+    ],
+    ids=["grao clipped", "grao capped", "grpo", "sft", "dpo"],
+)
+def test_every_objective(run: Run, objective: AnyObjective, tmp_path: Path) -> None:
+    assert_first_step(run, objective, tmp_path)
+
+
+def test_measuring_gives_the_loss_and_changes_nothing(run: Run, tmp_path: Path) -> None:
     run.reset()
+    run.step(1, random_step(1))
+    before = run.state(tmp_path / "before")
+    objective = DpoObjective(name="dpo")
     run.ranks.call(use_objective, objective)
     try:
-        groups = random_step(20)
-        loss, norm, gradients = Reference(run.model, LEARNER, objective, ROLLOUT).step(1, groups)
-        reports = run.step(1, groups)
+        groups = random_step(21)
+        parts = run.ranks.call(LearnerRank.measure, groups)
     finally:
         run.ranks.call(use_objective, OBJECTIVE)
-    rows = grao_rows(groups, objective)
-    found = terms(groups, rows, {row.row: row.mean_logprob for report in reports for row in report.rows}, objective)
-    assert loss != 0
-    assert -sum(found.values()) == pytest.approx(loss, rel=1e-5, abs=1e-6)
-    assert [report.grad_norm for report in reports] == pytest.approx([norm] * len(reports), rel=1e-5)
-    assert_same_gradients(run.state(tmp_path / "state"), gradients, norm)
+    results = {row.row: row for part in parts for row in part}
+    reference = Reference(run.model, LEARNER.model_copy(update={"objective": objective}), ROLLOUT)
+    reference.model.load_state_dict({name: tensor.double() for name, tensor in before["master"].items()})
+    with torch.no_grad():
+        assert -sum(row.gain for row in results.values()) == pytest.approx(float(reference.loss(groups)), rel=1e-5)
+    after = run.state(tmp_path / "after")
+    assert all(torch.equal(after[s][name], tensor) for s, named in before.items() for name, tensor in named.items())
+    run.step(2, random_step(2))  # and training goes on
 
 
 def test_steps_equal_the_plain_reference(run: Run, tmp_path: Path) -> None:
     run.reset()
-    reference = Reference(run.model, LEARNER, OBJECTIVE, ROLLOUT)
+    reference = Reference(run.model, LEARNER, ROLLOUT)
     for step in range(1, 4):
         groups = random_step(step)
         loss, norm, gradients = reference.step(step, groups)
@@ -185,10 +229,10 @@ def test_steps_equal_the_plain_reference(run: Run, tmp_path: Path) -> None:
         for report in reports:
             assert report.grad_norm == pytest.approx(norm, rel=1e-5)
             assert report.learning_rate == learning_rate(step, LEARNER)
-        mean_logprobs = {row.row: row.mean_logprob for report in reports for row in report.rows}
-        rows = grao_rows(groups, OBJECTIVE)
-        assert sorted(mean_logprobs) == list(range(len(rows)))
-        found = terms(groups, rows, mean_logprobs, OBJECTIVE)
+        results = {row.row: row for report in reports for row in report.rows}
+        rows = build_objective(OBJECTIVE).rows(groups)
+        assert sorted(results) == list(range(len(rows)))
+        found = build_objective(OBJECTIVE).terms(groups, rows, results)
         assert -sum(found.values()) == pytest.approx(loss, rel=1e-5, abs=1e-7)
         state = run.state(tmp_path / str(step))
         if step == 1:
@@ -200,12 +244,12 @@ def test_steps_equal_the_plain_reference(run: Run, tmp_path: Path) -> None:
 
 def test_rows_say_what_the_reference_says(run: Run) -> None:
     run.reset()
-    reference = Reference(run.model, LEARNER, OBJECTIVE, ROLLOUT)
-    start = Reference(run.model, LEARNER, OBJECTIVE, ROLLOUT)
+    reference = Reference(run.model, LEARNER, ROLLOUT)
+    start = Reference(run.model, LEARNER, ROLLOUT)
     for step in (1, 2):
         groups = random_step(10 + step)
         reports = run.step(step, groups)
-        rows = grao_rows(groups, OBJECTIVE)
+        rows = build_objective(OBJECTIVE).rows(groups)
         results = {result.row: result for report in reports for result in report.rows}
         nominal = 0
         with torch.no_grad():
@@ -256,7 +300,7 @@ def test_fewer_rows_than_ranks(run: Run, tmp_path: Path) -> None:
 
     # the samples' own mean is 0 and only the reference differs: with alpha and lambda on all rows have weight
     groups = [random_group(0, random.Random(5), 2)]
-    reference = Reference(run.model, LEARNER, OBJECTIVE, ROLLOUT)
+    reference = Reference(run.model, LEARNER, ROLLOUT)
     _, norm, _ = reference.step(1, groups)
     for report in run.step(1, groups):
         assert report.grad_norm == pytest.approx(norm, rel=1e-5)
@@ -316,7 +360,7 @@ def test_export_is_a_model_that_transformers_loads(run: Run, tmp_path: Path) -> 
     original = AutoTokenizer.from_pretrained(run.model)
     messages = [{"role": "user", "content": "2+3="}]
     assert AutoTokenizer.from_pretrained(folder).apply_chat_template(messages) == original.apply_chat_template(messages)
-    reference = Reference(folder, LEARNER, OBJECTIVE, ROLLOUT)
+    reference = Reference(folder, LEARNER, ROLLOUT)
     assert torch.isfinite(reference.loss(random_step(4)))
 
 
@@ -339,7 +383,7 @@ def test_a_loss_that_is_not_finite_is_refused(run: Run, tmp_path: Path) -> None:
     with pytest.raises(LearnerError, match=r"step 6: .* prompt 'p\d' is not finite; the parameters are unchanged"):
         run.step(6, groups)
     run.reset()
-    reference = Reference(run.model, LEARNER, OBJECTIVE, ROLLOUT)
+    reference = Reference(run.model, LEARNER, ROLLOUT)
     _, norm, _ = reference.step(1, groups)
     assert run.step(1, groups)[0].grad_norm == pytest.approx(norm, rel=1e-5)  # nothing of the failed step is left
 
@@ -348,7 +392,7 @@ def overflow(rank: LearnerRank, groups: list[ScoredGroup]) -> None:
     """A step whose losses are finite and whose gradient is not."""
     from learner.packing import plan
 
-    rows = grao_rows(groups, OBJECTIVE)
+    rows = build_objective(OBJECTIVE).rows(groups)
     prompts = [scored.group.prompt.token_ids for scored in groups]
     batches = [
         replace(batch, weights=batch.weights * 1e38) for batch in plan(rows, prompts, rank._world, 64)[rank._rank]
@@ -389,9 +433,9 @@ WIRE16 = ROLLOUT.model_copy(update={"dtype": "bfloat16"})
 
 def test_bfloat16_resumes_in_new_processes(tiny_model: Path, tmp_path: Path) -> None:
     """Tied embeddings, activation checkpointing, 16-bit wire; the second run's processes know only the checkpoint."""
-    ranks = Ranks(tiny_model, 2, BF16, OBJECTIVE, WIRE16)
+    ranks = Ranks(tiny_model, 2, BF16, WIRE16)
     first = Run(tiny_model, ranks, tmp_path / "start")
-    reference = Reference(tiny_model, BF16, OBJECTIVE, WIRE16)
+    reference = Reference(tiny_model, BF16, WIRE16)
     _, norm, _ = reference.step(1, random_step(1))
     assert first.step(1, random_step(1))[0].grad_norm == pytest.approx(norm, rel=3e-2)
     saved = first.state(tmp_path / "saved")
@@ -410,7 +454,7 @@ def test_bfloat16_resumes_in_new_processes(tiny_model: Path, tmp_path: Path) -> 
     assert all(torch.equal(p, published[name]) for name, p in loaded.named_parameters())
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
-    again = Ranks(tiny_model, 2, BF16, OBJECTIVE, WIRE16)
+    again = Ranks(tiny_model, 2, BF16, WIRE16)
     second = Run(tiny_model, again, tmp_path / "ignored")
     again.call(LearnerRank.load, str(tmp_path / "saved"))
     restored = second.state(tmp_path / "restored")

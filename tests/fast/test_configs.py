@@ -37,7 +37,7 @@ def test_overrides_reach_sections_lists_and_options() -> None:
         SMALL,
         [
             "learner.learning_rate=2e-5",
-            "objective.lambda=0.25",
+            "learner.objective.lambda=0.25",
             "data.generator.min_digits=3",
             "rollout.stop=[a, b]",
             "reward.rewards.0.weight=2",
@@ -45,30 +45,52 @@ def test_overrides_reach_sections_lists_and_options() -> None:
         ],
     )
     assert config.learner.learning_rate == 2e-5
-    assert config.objective.lambda_ == 0.25
+    assert config.learner.objective.lambda_ == 0.25
     assert config.data.generator == {"min_digits": 3}
     assert config.rollout.stop == ("a", "b")
     assert config.reward.rewards[0].weight == 2
-    assert as_tree(config)["objective"]["lambda"] == 0.25
+    assert as_tree(config)["learner"]["objective"]["lambda"] == 0.25
 
 
 def test_a_learning_rate_without_a_dot_is_a_number(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text(yaml.safe_dump(SMALL) + "\nobjective: {beta: 5e-1}\n")
-    assert load(file).objective.beta == 0.5
+    others = {section: values for section, values in SMALL.items() if section != "learner"}
+    learner = "learner: {tokens_per_micro_batch: 48, learning_rate: 1e-5, objective: {beta: 5e-1}}"
+    file.write_text(f"{yaml.safe_dump(others)}\n{learner}\n")
+    assert load(file).learner.learning_rate == 1e-5
+    assert load(file).learner.objective.beta == 0.5
+
+
+def test_an_objective_is_a_name_or_a_section() -> None:
+    assert parse(SMALL).learner.objective.name == "grao"
+    assert parse(SMALL, ["learner.objective=grpo"]).learner.objective.clip == 0.2
+    other = parse(SMALL, ["learner.objective=grpo", "learner.objective.clip=0.1"])
+    assert other.learner.objective.clip == 0.1
+    assert parse(as_tree(other)) == other
+    offline = parse(SMALL, ["learner.objective=sft", "reward=null"])
+    assert (offline.rollout_workers, offline.reward_workers) == (0, 0)
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         (["learner.learning_rat=1"], "unknown key 'learner.learning_rat'; did you mean 'learner.learning_rate'?"),
-        (["learner.beta=1"], "did you mean 'objective.beta'?"),
+        (["learner.beta=1"], "did you mean 'learner.objective.beta'?"),
+        (["objective.beta=1"], "did you mean 'learner.objective.beta'?"),
+        (
+            ["learner.objective=grpoo"],
+            "'learner.objective' is 'grpoo', not one of grao, grpo, sft, dpo; did you mean 'grpo'",
+        ),
+        (["learner.objective=grpo", "learner.objective.beta=1"], "unknown key 'learner.objective.beta'"),
+        (["learner.objective.clip=0.2", "learner.objective.importance_cap=2"], "set one of them to null"),
+        (["learner.objective.clip=0.2", "learner.objective.temperature=one"], "need temperature: rollout"),
+        (["reward=null"], "'reward' is missing, and objective 'grao' needs it"),
         (["rollout.workers=two"], "'rollout.workers' is \"two\": input should be a valid integer"),
         (["rollout.samples_per_prompt=1"], "'rollout.samples_per_prompt' is 1: input should be greater than or equal"),
         (["learner.tokens_per_micro_batch=47"], "raise it to 48 or more"),
         (["learner.transport=nccl"], "needs cluster.device: gpu"),
         (["cluster.device=gpu", "cluster.colocate=true"], "learner.transport: ipc go together"),
-        (["objective.alpha=0", "objective.beta=0", "objective.lambda=0"], "nothing would be learned"),
+        ([f"learner.objective.{key}=0" for key in ("alpha", "beta", "lambda")], "nothing would be learned"),
         (["learner.warmup_steps=101"], "learner.warmup_steps is above learner.steps"),
         (["run.evaluate_every=5", "data.heldout_rows=0"], "set data.heldout_rows"),
         (["nonsense"], "must look like section.key=value"),

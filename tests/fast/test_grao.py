@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.schema import ObjectiveConfig
+from configs.objectives import GraoObjective
 from learner.objectives import grao
-from tests.learner_cases import group, random_group
+from learner.objectives.grao import Grao
+from tests.learner_cases import group, random_group, row_result
 
 READINGS = ("samples_and_reference", "samples")
 rewards = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=9)
@@ -64,7 +65,7 @@ def test_weights_by_hand() -> None:
     """G = 3, joint reading: c_i = (1 + 0.6) A_i / 3, c_y = 0.5 A_y - 0.6/3 * sum A_i, halved for two groups."""
     dead = group([5], [[6], [6], [6]], [7], [1.0, 1.0, 1.0], 1.0)
     alive = group([5], [[6], [7], [8]], [9, 2], [1.0, 0.0, 0.0], 1.0)
-    rows = grao.rows([dead, alive], ObjectiveConfig(beta=0.5, lambda_=0.6))
+    rows = Grao(GraoObjective(beta=0.5, lambda_=0.6)).rows([dead, alive])
     assert [row.weight for row in rows] == pytest.approx([1.6 / 6, -1.6 / 6, -1.6 / 6, (0.5 + 0.2) / 2])
     assert [row.group for row in rows] == [1, 1, 1, 1]
     assert [row.kind for row in rows] == ["sample"] * 3 + ["reference"]
@@ -79,10 +80,10 @@ def test_weights_are_the_formula(reading: Any) -> None:
     draw = random.Random(0)
     for _ in range(50):
         scored = random_group(draw, samples=5)
-        objective = ObjectiveConfig(alpha=0.7, beta=0.5, lambda_=0.6, advantage_group=reading)
+        objective = GraoObjective(alpha=0.7, beta=0.5, lambda_=0.6, advantage_group=reading)
         a = grao.advantages(scored.rewards, scored.reference_reward, reading)
         wanted = [1.3 * value / 5 for value in a.samples] + [0.5 * a.reference - 0.6 / 5 * sum(a.samples)]
-        found = [row.weight for row in grao.rows([scored], objective)]
+        found = [row.weight for row in Grao(objective).rows([scored])]
         assert found == pytest.approx([weight for weight in wanted if abs(weight) > 1e-12])
 
 
@@ -94,7 +95,7 @@ def test_weights_are_the_formula(reading: Any) -> None:
 def test_rows_that_weigh_nothing_are_left_out(reading: Any, coefficients: tuple[float, ...], kinds: set[str]) -> None:
     alpha, beta, lambda_ = coefficients
     scored = group([5], [[6], [7]], [8], [1.0, 0.0], 1.0)
-    rows = grao.rows([scored], ObjectiveConfig(alpha=alpha, beta=beta, lambda_=lambda_, advantage_group=reading))
+    rows = Grao(GraoObjective(alpha=alpha, beta=beta, lambda_=lambda_, advantage_group=reading)).rows([scored])
     # the regulariser's J(y) has the factor sum_i A_i, which is 0 in this reading
     assert {row.kind for row in rows} == (kinds - {"reference"} if reading == "samples" and lambda_ else kinds)
 
@@ -104,7 +105,7 @@ def test_rows_that_weigh_nothing_are_left_out(reading: Any, coefficients: tuple[
 def test_terms_are_the_papers(reading: Any, coefficients: tuple[float, ...]) -> None:
     """Each term computed from Eq. 3 as it stands, over three groups of which one is dead."""
     alpha, beta, lambda_ = coefficients
-    objective = ObjectiveConfig(alpha=alpha, beta=beta, lambda_=lambda_, advantage_group=reading)
+    objective = GraoObjective(alpha=alpha, beta=beta, lambda_=lambda_, advantage_group=reading)
     draw = random.Random(1)
     groups = [random_group(draw), random_group(draw), group([5], [[6]] * 4, [7], [1.0] * 4, 1.0)]
     j = {ids: -draw.random() for one in groups for ids in _answers(one)}
@@ -116,18 +117,11 @@ def test_terms_are_the_papers(reading: Any, coefficients: tuple[float, ...]) -> 
         wanted["exploration"] += alpha * statistics.fmean(a_i * j_i for a_i, j_i in pairs) / 3
         wanted["imitation"] += beta * a.reference * reference / 3
         wanted["regulariser"] += lambda_ * statistics.fmean(a_i * (j_i - reference) for a_i, j_i in pairs) / 3
-    rows = grao.rows(groups, objective)
-    found = grao.terms(groups, rows, {index: j[row.token_ids] for index, row in enumerate(rows)}, objective)
+    rows = Grao(objective).rows(groups)
+    gains = {index: row_result(index, row.weight * j[row.token_ids]) for index, row in enumerate(rows)}
+    found = Grao(objective).terms(groups, rows, gains)
     assert found == pytest.approx(wanted, abs=1e-12)
 
 
 def _answers(scored: Any) -> list[tuple[int, ...]]:
     return [sample.token_ids for sample in scored.group.samples] + [scored.group.prompt.reference_ids]
-
-
-def test_summary() -> None:
-    alive = group([5], [[6], [7], [8]], [9], [1.0, 0.0, 0.0], 1.0)
-    dead = group([5], [[6], [6], [6]], [7], [1.0] * 3, 1.0)
-    assert grao.summary([alive, dead], ObjectiveConfig()) == pytest.approx(
-        {"advantage_abs_mean": 0.5, "advantage_reference_mean": 0.5, "groups_without_signal": 0.5}
-    )

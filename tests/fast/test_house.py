@@ -106,7 +106,7 @@ def test_devices_are_named_only_where_they_differ(file: Path) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["configs.load", "rollout.types", "reward.types", "learner.types", "learner.objectives.grao", "cluster.plan"],
+    ["configs.load", "rollout.types", "reward.types", "learner.types", "learner.objectives.build", "cluster.plan"],
 )
 def test_configs_and_records_load_nothing_heavy(module: str) -> None:
     check = (

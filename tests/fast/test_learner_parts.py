@@ -17,7 +17,7 @@ from learner.errors import LearnerError
 from learner.export import files_of, write_weights
 from learner.layout import pack, share_of
 from learner.network import free_port, interface_of, own_address
-from learner.results import first_not_finite, row_results
+from learner.results import Values, first_not_finite, row_results
 from learner.schedule import learning_rate
 from learner.types import MicroBatch
 
@@ -58,6 +58,7 @@ def batch(row_of: list[int], rows: tuple[int, ...], behavior: list[float]) -> Mi
         predict_at=zeros,
         targets=zeros,
         weights=np.ones(count, dtype=np.float32),
+        kl_weights=np.zeros(count, dtype=np.float32),
         behavior_logprobs=np.array(behavior, dtype=np.float32),
         row_of=np.array(row_of, dtype=np.int64),
         rows=rows,
@@ -69,7 +70,8 @@ def test_results_per_row_equal_a_naive_sum() -> None:
     row_of = [0, 0, 0, 1, 2, 2]
     behavior = [-1.0, -2.0, -0.5, math.nan, -3.0, -0.25]
     logprobs, rollout, entropy, start = -rng.random((4, 6)) * 3
-    found = row_results(batch(row_of, (5, 9, 2), behavior), logprobs, rollout, entropy, start)
+    values = Values(logprobs, rollout, entropy)
+    found = row_results(batch(row_of, (5, 9, 2), behavior), values, Values(start, start, entropy), None)
     assert [one.row for one in found] == [5, 9, 2]
     for number, one in enumerate(found):
         at = [k for k, row in enumerate(row_of) if row == number]
@@ -80,17 +82,20 @@ def test_results_per_row_equal_a_naive_sum() -> None:
         assert one.gap_max == pytest.approx(max(gaps, default=0.0), rel=1e-6)
         assert one.kl_sum == pytest.approx(sum(math.exp(r) - 1 - r for r in ratio))
         assert one.entropy_sum == pytest.approx(sum(entropy[k] for k in at))
-    without = row_results(batch(row_of, (5, 9, 2), behavior), logprobs, rollout, entropy, None)
-    assert all(math.isnan(one.kl_sum) for one in without)
+        assert one.gain == pytest.approx(sum(logprobs[k] for k in at))  # every weight is 1
+        assert (one.penalty, one.clipped) == (0.0, 0.0)
+        assert one.log_ratio_sum == pytest.approx(sum(logprobs[k] - start[k] for k in at))
+    without = row_results(batch(row_of, (5, 9, 2), behavior), values, None, None)
+    assert all(math.isnan(one.kl_sum) and math.isnan(one.log_ratio_sum) for one in without)
     assert first_not_finite(found) == -1
     logprobs[3] = math.nan
-    broken = row_results(batch(row_of, (5, 9, 2), behavior), logprobs, rollout, entropy, start)
+    broken = row_results(batch(row_of, (5, 9, 2), behavior), values, Values(start, start, entropy), None)
     assert first_not_finite(broken) == 9
 
 
 def test_a_batch_without_rows_has_no_results() -> None:
     empty = np.zeros(0)
-    assert row_results(batch([], (), []), empty, empty, empty, None) == []
+    assert row_results(batch([], (), []), Values(empty, empty, empty), None, None) == []
 
 
 SIZES = {"a": 35, "b": 5, "c": 1, "d": 64, "e": 7}

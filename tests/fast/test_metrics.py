@@ -17,16 +17,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cluster.metrics import MetricsError, MetricsWriter, cut_after, evaluation_record, sample_record, step_report
+from cluster.metrics import (
+    MetricsError,
+    MetricsWriter,
+    cut_after,
+    evaluation_record,
+    objective_record,
+    sample_record,
+    step_report,
+)
 from cluster.run_folder import RunFolder
-from configs.schema import ObjectiveConfig
-from learner.objectives import grao
+from configs.objectives import AnyObjective, DpoObjective, GraoObjective, GrpoObjective
+from learner.objectives.build import build_objective
+from learner.objectives.dpo import Dpo
+from learner.objectives.grao import Grao
 from learner.types import RankReport, RowResult, StepReport
 from reward.types import Breakdown, ScoredGroup
 from rollout.types import Group, Prompt, Sample
+from tests.learner_cases import row_result
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-OBJECTIVE = ObjectiveConfig()
+OBJECTIVE = Grao(GraoObjective())
 
 
 def scored(
@@ -70,9 +81,14 @@ def scored(
 
 
 def result(row: int, mean_logprob: float = -1.0, kl: float = math.nan) -> RowResult:
-    return RowResult(
-        row=row, mean_logprob=mean_logprob, gap_sum=0.1 * row, gap_max=0.01 * row, kl_sum=kl, entropy_sum=2
-    )
+    numbers = {"mean_logprob": mean_logprob, "gap_sum": 0.1 * row, "gap_max": 0.01 * row, "kl_sum": kl}
+    return row_result(row, entropy_sum=2, **numbers)
+
+
+def gained(results: Sequence[RowResult], groups: Sequence[ScoredGroup], objective: Grao) -> list[RowResult]:
+    """With the gain that a linear objective gives: weight times J."""
+    rows = objective.rows(groups)
+    return [replace(one, gain=rows[one.row].weight * one.mean_logprob) for one in results]
 
 
 def rank(number: int, rows: Sequence[RowResult], seconds: dict[str, float] | None = None) -> RankReport:
@@ -90,6 +106,7 @@ def rank(number: int, rows: Sequence[RowResult], seconds: dict[str, float] | Non
 
 def report_of(groups: Sequence[ScoredGroup], results: Sequence[RowResult], step: int = 5) -> StepReport:
     half = len(results) // 2
+    results = gained(results, groups, OBJECTIVE)
     return step_report(step, groups, [rank(0, results[half:]), rank(1, results[:half])], OBJECTIVE, {"wait": 7.0})
 
 
@@ -156,17 +173,17 @@ def test_the_terms_are_the_loss_whoever_computed_the_rows(data: st.DataObject) -
         scored(index, data.draw(st.lists(number, min_size=size, max_size=size)), data.draw(number))
         for index in range(data.draw(st.integers(1, 4)))
     ]
-    objective = ObjectiveConfig(
+    objective = GraoObjective(
         alpha=data.draw(st.sampled_from((0.0, 1.0))),
         beta=data.draw(st.sampled_from((0.5, 1.0))),
         advantage_group=data.draw(st.sampled_from(("samples", "samples_and_reference"))),
         **{"lambda": data.draw(st.sampled_from((0.0, 0.6)))},
     )
-    rows = grao.rows(groups, objective)
+    rows = Grao(objective).rows(groups)
     results = [result(index, data.draw(st.floats(-9, -0.01))) for index in range(len(rows))]
-    order = data.draw(st.permutations(results))
+    order = data.draw(st.permutations(gained(results, groups, Grao(objective))))
     cut = data.draw(st.integers(0, len(order)))
-    report = step_report(4, groups, [rank(0, order[:cut]), rank(1, order[cut:])], objective, {})
+    report = step_report(4, groups, [rank(0, order[:cut]), rank(1, order[cut:])], Grao(objective), {})
     assert report.loss == pytest.approx(-sum(report.terms.values()), abs=1e-9)
     assert report.loss == pytest.approx(_naive_loss(groups, objective, rows, results), abs=1e-9)
     total = sum(report.shares.values())
@@ -217,7 +234,7 @@ def test_kl_is_the_mean_over_sample_tokens_where_it_was_asked_for() -> None:
 def test_rewards_that_are_equal_on_paper_are_a_tie() -> None:
     group = scored(0, (0.1 + 0.2, 0.31, 0.29, 0.3), 0.3)
     assert group.rewards[0] != group.reference_reward
-    rows = grao.rows([group], OBJECTIVE)
+    rows = OBJECTIVE.rows([group])
     metrics = report_of([group], [result(index) for index in range(len(rows))]).metrics
     assert (metrics["reference/win"], metrics["reference/tie"], metrics["reference/loss"]) == (0.25, 0.5, 0.25)
 
@@ -336,7 +353,7 @@ def test_an_evaluation_has_its_measures_and_the_rewards_by_prompt(tmp_path: Path
     folder = RunFolder(tmp_path)
     writer = MetricsWriter(folder)
     groups = [scored(0, (1.0,), 1.0), scored(1, (0.0,), 1.0), scored(2, (2.0,), 1.0), scored(3, (0.5,), 1.0)]
-    writer.evaluation(20, groups)
+    writer.evaluation(20, evaluation_record(20, groups))
     writer.close()
     (line,) = read(folder.evaluations)
     assert line == evaluation_record(20, groups)
@@ -382,6 +399,27 @@ def test_a_folder_that_is_gone_is_one_line(tmp_path: Path) -> None:
         MetricsWriter(RunFolder(tmp_path / "gone"))
 
 
+OFFLINE = [
+    replace(one, group=Group(prompt=replace(one.group.prompt, rejected_ids=(7, 2)), samples=()), rewards=())
+    for one in GROUPS[:2]
+]
+
+
+def of_another(groups: Sequence[ScoredGroup], objective: AnyObjective) -> StepReport:
+    method = build_objective(objective)
+    results = [row_result(row, gain=0.5, penalty=0.25) for row in range(len(method.rows(groups)))]
+    return step_report(5, groups, [rank(0, results)], method, {})
+
+
+def test_a_step_without_samples_has_no_numbers_of_samples() -> None:
+    report = of_another(OFFLINE, DpoObjective(name="dpo"))
+    assert report.loss == -4 * 0.25
+    assert report.terms == {"preference": 2.0}
+    beginnings = {name.split("/")[0] for name in report.metrics}
+    assert beginnings == {"logprob", "preference", "tokens", "micro_batches"}
+    assert report.metrics["logprob/reference_mean"] == 0.0
+
+
 def test_every_metric_is_documented_and_every_documented_one_exists() -> None:
     text = (REPOSITORY / "docs" / "metrics.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE))
@@ -389,6 +427,11 @@ def test_every_metric_is_documented_and_every_documented_one_exists() -> None:
     made = {"loss", "grad_norm", "learning_rate"}
     made |= {f"terms/{name}" for name in report.terms} | {f"shares/{name}" for name in report.shares}
     made |= {re.sub(r"/(exact|length)/(mean|reference_mean)", r"/NAME/\2", name) for name in report.metrics}
+    made |= set(of_another(GROUPS, GrpoObjective(name="grpo")).metrics)
+    made |= set(of_another(OFFLINE, DpoObjective(name="dpo")).metrics)
+    judged = objective_record(5, OFFLINE, Dpo(DpoObjective(name="dpo")), {row: row_result(row) for row in range(4)})
+    made |= set(judged["metrics"])
+    made = {re.sub(r"/(exact|length)/(mean|reference_mean)", r"/NAME/\2", name) for name in made}
     assert {name for name in documented if not name.startswith(("seconds/", "reward_calls/"))} == made
     assert {f"seconds/{phase}" for phase in report.seconds} <= documented
 

@@ -260,7 +260,7 @@ BASE = {
         ("run.keep_checkpoints=5", "run.keep_checkpoints: 2 -> 5"),
         ("run.folder=elsewhere", 'run.folder: "runs/a" -> "elsewhere"'),
         ("reward.rewards.1.max_chars=50", "reward.rewards.1.max_chars: 100 -> 50"),
-        ("objective.lambda=0.1", "objective.lambda: 0.6 -> 0.1"),
+        ("learner.objective.lambda=0.1", "learner.objective.lambda: 0.6 -> 0.1"),
         ("cluster.address=auto", 'cluster.address: null -> "auto"'),
     ],
 )

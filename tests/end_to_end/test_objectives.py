@@ -1,0 +1,69 @@
+"""Every objective from the command line: real Ray, DeepSpeed and, where it samples, vLLM on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.end_to_end.harness import config, grao, lines, write_config, write_rows
+
+
+def objectives(folder: Path) -> list[float]:
+    """The objective's value by step."""
+    return [-step["loss"] for step in lines(folder / "steps.jsonl")]
+
+
+def test_sft_starts_no_engine_and_learns_its_references(tiny_model: Path, tmp_path: Path) -> None:
+    folder, rows = tmp_path / "run", write_rows(tmp_path / "rows.jsonl")
+    learner = {"objective": "sft", "steps": 12, "ranks": 2, "learning_rate": 3e-3}
+    tree = config(tiny_model, folder, rows, learner=learner)
+    del tree["reward"]
+    done = grao("train", write_config(tmp_path / "c.yaml", tree))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "starting 2 learner ranks" in done.stdout
+    found = objectives(folder)
+    assert found[0] < -4  # a random model is about as sure of 12 as of any other token
+    assert found[-1] > -0.5
+    before, after = (record["metrics"]["objective"] for record in lines(folder / "evaluations.jsonl"))
+    assert (before < -4, after > -0.5) == (True, True)
+    assert "held-out objective after" in done.stdout
+    assert (folder / "model" / "model.safetensors").is_file()
+    assert not lines(folder / "samples.jsonl")
+
+
+def test_dpo_learns_to_prefer(tiny_model: Path, tmp_path: Path) -> None:
+    folder, rows = tmp_path / "run", tmp_path / "rows.jsonl"
+    pairs = [{"prompt": f"Say {n}", "chosen": "yes", "rejected": f"no, not {n}"} for n in range(40)]
+    rows.write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
+    learner = {"objective": "dpo", "steps": 10, "ranks": 2, "learning_rate": 1e-3}
+    done = grao("train", write_config(tmp_path / "c.yaml", config(tiny_model, folder, rows, learner=learner)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = objectives(folder)
+    assert abs(found[0] + 0.6931) < 1e-3  # log sigmoid(0): the policy is the start model
+    assert found[-1] > -0.4
+    last = lines(folder / "evaluations.jsonl")[-1]["metrics"]
+    assert last["preference/accuracy"] == 1.0
+    assert last["preference/margin"] > 0.5
+
+
+def test_grpo_raises_its_reward(tiny_model: Path, tmp_path: Path) -> None:
+    folder, rows = tmp_path / "run", write_rows(tmp_path / "rows.jsonl")
+    learner = {"objective": "grpo", "steps": 16, "ranks": 2, "learning_rate": 3e-3}
+    reward = {"rewards": [{"kind": "function", "path": "tests.end_to_end.harness:short"}]}
+    tree = config(tiny_model, folder, rows, learner=learner, reward=reward)
+    done = grao("train", write_config(tmp_path / "c.yaml", tree))
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [step["metrics"] for step in lines(folder / "steps.jsonl")]
+    rewards = [step["reward/mean"] for step in steps]
+    assert sum(rewards[-4:]) > sum(rewards[:4]) + 4 * 0.05  # shorter answers, against the pull to the start model
+    # one update per batch: the ratio to the rollout is 1 up to rounding
+    assert max(step["ratio/clipped"] for step in steps) == 0
+    assert max(step["gap/mean"] for step in steps) < 1e-4
+
+
+def test_dpo_without_rejected_answers_is_refused_in_one_line(tiny_model: Path, tmp_path: Path) -> None:
+    tree = config(tiny_model, tmp_path / "run", write_rows(tmp_path / "rows.jsonl"), learner={"objective": "dpo"})
+    done = grao("train", write_config(tmp_path / "c.yaml", tree))
+    assert done.returncode == 1
+    assert "learner.objective 'dpo' needs a rejected answer for every prompt" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
