@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Iterator
 
+from cluster.evaluate import held_out_sampling
 from cluster.queue import check_staleness
 from cluster.run import Run
 from cluster.run_state import RunState
@@ -89,7 +90,7 @@ def without_samples(prompt: Prompt) -> ScoredGroup:
 
 
 async def evaluate(run: Run, step: int) -> None:
-    """Answer the held-out prompts greedily, score and record them. Does nothing for a run without held-out prompts.
+    """Answer the held-out prompts, score and record them. Does nothing for a run without held-out prompts.
 
     Where the objective needs no samples, measure that objective on the held-out prompts instead.
     """
@@ -99,12 +100,9 @@ async def evaluate(run: Run, step: int) -> None:
         groups = [without_samples(prompt) for prompt in run.prompts.heldout]
         run.log_evaluation(step, groups, await run.learner.measure(groups))
         return
-    rollout = run.config.rollout
-    greedy = Sampling(
-        samples=1, temperature=0.0, top_p=1.0, max_new_tokens=rollout.max_new_tokens, stop=rollout.stop, seed=0
-    )
+    sampling = held_out_sampling(run.config)
     async with asyncio.TaskGroup() as tasks:
-        scored = [tasks.create_task(sample_and_score(run, prompt, greedy)) for prompt in run.prompts.heldout]
+        scored = [tasks.create_task(sample_and_score(run, prompt, sampling)) for prompt in run.prompts.heldout]
     run.log_evaluation(step, [task.result() for task in scored])
 
 

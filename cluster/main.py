@@ -1,7 +1,8 @@
-"""The command line: grao train | resume | check | prepare.
+"""The command line: grao train | resume | evaluate | check | prepare.
 
     grao train configs/quickstart.yaml learner.steps=10 run.folder=runs/one
     grao resume runs/one learner.steps=20
+    grao evaluate configs/quickstart.yaml --model runs/one/model --model runs/two/model --out runs/compared
     grao check configs/qwen2.5_7b_1node.yaml
     grao prepare models/SmolLM2-135M-Instruct
 
@@ -14,8 +15,9 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 from configs.load import ConfigError, load, parse, read_yaml, resolved
 from configs.schema import Config
@@ -47,6 +49,12 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(subject)
         sub.add_argument("overrides", nargs="*", metavar="section.key=value")
         sub.set_defaults(command=command)
+    evaluate = commands.add_parser("evaluate", help="compare models with model.path on the held-out prompts")
+    evaluate.add_argument("config")
+    evaluate.add_argument("overrides", nargs="*", metavar="section.key=value")
+    evaluate.add_argument("--model", action="append", required=True, help="folder or hub name; may be repeated")
+    evaluate.add_argument("--out", default="evaluation", help="folder for answers and summary.json")
+    evaluate.set_defaults(command=_evaluate)
     prepare = commands.add_parser("prepare", help="write the bundled SmolLM2-135M-Instruct as a model folder")
     prepare.add_argument("folder")
     prepare.set_defaults(command=_prepare)
@@ -84,6 +92,17 @@ def _check(options: argparse.Namespace) -> None:
     _guarded(go)
 
 
+def _evaluate(options: argparse.Namespace) -> None:
+    def go() -> None:
+        from cluster.evaluate import evaluate_models
+
+        config = load(options.config, options.overrides)
+        models = [str(Path(path).resolve()) if Path(path).exists() else path for path in options.model]
+        _until_interrupted(evaluate_models(config, models, Path(options.out).resolve()))
+
+    _guarded(go)
+
+
 def _prepare(options: argparse.Namespace) -> None:
     from cluster.bundled import prepare
 
@@ -94,8 +113,12 @@ def _prepare(options: argparse.Namespace) -> None:
 def _start(config: Config, resume: bool) -> None:
     from cluster.session import run_session
 
+    _until_interrupted(run_session(config, resume))
+
+
+def _until_interrupted(work: Coroutine[Any, Any, None]) -> None:
     try:
-        asyncio.run(run_session(config, resume))
+        asyncio.run(work)
     except asyncio.CancelledError:  # nothing but a signal cancels a whole session
         raise KeyboardInterrupt from None
 

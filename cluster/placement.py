@@ -18,8 +18,8 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.plan import Bundle, Plan, check, plan
-from configs.schema import Config
+from cluster.plan import Bundle, Plan, check, plan, plan_without_learner
+from configs.schema import Config, ModelConfig
 from learner.types import RankReport, RowResult
 from learner.worker import LearnerRank
 from reward.types import ScoredGroup
@@ -60,6 +60,9 @@ class RemoteRollout:
 
     async def generate(self, prompt: Prompt, sampling: Sampling) -> Group:
         return await self.actor.generate.remote(prompt, sampling)
+
+    async def logprobs(self, prompt: Prompt, answers: Sequence[tuple[int, ...]]) -> list[tuple[float, ...]]:
+        return await self.actor.logprobs.remote(prompt, tuple(answers))
 
     async def join(self, info: dict[str, Any]) -> None:
         await self.actor.join.remote(info)
@@ -172,9 +175,12 @@ def share(groups: Sequence[ScoredGroup]) -> Any:
 class Cluster:
     """A connection to Ray with this run's reservations. Use as an async context manager."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, learner: bool = True) -> None:
+        """Without `learner` there are engines and rewards only, also for an objective that trains without them."""
         self._config = config
-        self._plan: Plan = plan(config)
+        self._plan: Plan = plan(config) if learner else plan_without_learner(config)
+        # without one an engine is asked for the log-probabilities of whole sequences, and then makes one token more
+        self._longest_sequence = config.longest_sequence + (0 if learner else 1)
         self._groups: list[PlacementGroup] = []
         self._rollout_slots: list[tuple[PlacementGroup, int]] = []
         self._rank_slots: list[tuple[PlacementGroup, int]] = []
@@ -206,7 +212,7 @@ class Cluster:
         nodes = self.nodes
         return f"{nodes} node{'s' if nodes > 1 else ''}, {self._plan.cpus:g} CPUs, {self._plan.gpus:g} GPUs reserved"
 
-    def rollout(self, number: int) -> RemoteRollout:
+    def rollout(self, number: int, model: ModelConfig) -> RemoteRollout:
         """A new rollout actor in its reserved place; not started yet."""
         config = self._config
         group, index = self._rollout_slots[number]
@@ -216,10 +222,10 @@ class Cluster:
         )
         return RemoteRollout(
             actor.remote(
-                config.model,
+                model,
                 config.rollout,
                 config.cluster.device,
-                config.longest_sequence,
+                self._longest_sequence,
                 config.learner.transport,
             ),
             seat=number,
@@ -269,14 +275,15 @@ class Cluster:
         """Reserve a place for every engine and every rank, so that a replaced worker finds its place free."""
         config, plan = self._config, self._plan
         strategy = config.cluster.placement.upper()
-        if config.cluster.colocate and plan.rollout_workers:
+        if config.cluster.colocate and plan.rollout_workers and plan.ranks:
             self._reserve_shared(strategy)
         else:
             for _ in range(plan.rollout_workers):
                 group = self._group([plan.rollout], strategy)
                 self._rollout_slots.append((group, 0))
-            ranks = self._group([plan.rank] * plan.ranks, strategy)
-            self._rank_slots = [(ranks, number) for number in range(plan.ranks)]
+            if plan.ranks:
+                ranks = self._group([plan.rank] * plan.ranks, strategy)
+                self._rank_slots = [(ranks, number) for number in range(plan.ranks)]
         try:
             async with asyncio.timeout(config.rollout.start_timeout_s):
                 await asyncio.gather(*(group.ready() for group in self._groups))

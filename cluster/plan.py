@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from configs.schema import Config
 
@@ -65,6 +65,18 @@ def plan(config: Config) -> Plan:
         reward=Bundle(cpus=REWARD_CPUS, gpus=0.0),
         reward_workers=config.reward_workers,
     )
+
+
+def plan_without_learner(config: Config) -> Plan:
+    """The reservations of an evaluation: whole engines, no ranks, whatever the objective."""
+    on_gpu = config.cluster.device == "gpu"
+    engine = Bundle(
+        cpus=config.rollout.cpus_per_worker * (1 if on_gpu else config.rollout.tensor_parallel),
+        gpus=float(config.rollout.tensor_parallel) if on_gpu else 0.0,
+    )
+    whole = plan(config)
+    workers = config.reward.workers if config.reward is not None else 0
+    return replace(whole, rollout=engine, rollout_workers=config.rollout.workers, ranks=0, reward_workers=workers)
 
 
 def check(plan: Plan, nodes: Sequence[Mapping[str, float]]) -> None:

@@ -25,8 +25,11 @@ def check_folder(config: Config) -> None:
         )
 
 
-def check_model(config: Config) -> Any:
-    """Refuse a model that cannot do what the config asks of it; return its tokenizer. Raises ConfigError."""
+def check_model(config: Config, room: int = 0) -> Any:
+    """Refuse a model that cannot do what the config asks of it; return its tokenizer. Raises ConfigError.
+
+    room: further tokens that its context must hold.
+    """
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
@@ -47,10 +50,10 @@ def check_model(config: Config) -> Any:
             " they do not belong together"
         )
     longest = text.max_position_embeddings
-    if config.longest_sequence > longest:
+    if config.longest_sequence + room > longest:
         raise ConfigError(
             f"data.max_prompt_tokens + the longest answer is {config.longest_sequence} tokens, the model takes"
-            f" {longest}; lower data.max_prompt_tokens, rollout.max_new_tokens or data.max_reference_tokens"
+            f" {longest - room}; lower data.max_prompt_tokens, rollout.max_new_tokens or data.max_reference_tokens"
         )
     return tokenizer
 

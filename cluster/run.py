@@ -35,12 +35,13 @@ class RunError(RuntimeError):
 class Rollouts:
     """All rollout workers. A replaced worker gets the current parameters before its first prompt."""
 
-    def __init__(self, cluster: Cluster, config: Config) -> None:
+    def __init__(self, cluster: Cluster, config: Config, workers: int) -> None:
         self._cluster = cluster
         self._settings = config.rollout
+        self._model = config.model
         self._transport = config.learner.transport
         self._current: Parameters | None = None
-        self.fleet: Fleet[RemoteRollout] = Fleet("rollout", config.rollout_workers, self._spawn, is_death)
+        self.fleet: Fleet[RemoteRollout] = Fleet("rollout", workers, self._spawn, is_death)
 
     async def generate(self, prompt: Prompt, sampling: Sampling) -> Group:
         """One group. Raises RunError where it takes longer than rollout.group_timeout_s."""
@@ -54,6 +55,10 @@ class Rollouts:
                 " rollout.max_new_tokens"
             ) from error
 
+    async def logprobs(self, prompt: Prompt, answers: Sequence[tuple[int, ...]]) -> list[tuple[float, ...]]:
+        """[T] of each given answer at temperature 1."""
+        return await self.fleet.run(lambda worker: worker.logprobs(prompt, answers))
+
     async def load(self, parameters: Parameters) -> dict[str, float]:
         """Make parameters live in every worker; the slowest worker's seconds by phase."""
         self._current = parameters
@@ -61,7 +66,7 @@ class Rollouts:
         return {phase: max(each[phase] for each in seconds) for phase in seconds[0]}
 
     async def _spawn(self, number: int) -> RemoteRollout:
-        worker = self._cluster.rollout(number)
+        worker = self._cluster.rollout(number, self._model)
         limit = self._settings.start_timeout_s
         try:
             async with asyncio.timeout(limit):
@@ -84,9 +89,9 @@ class Rollouts:
 class Rewards:
     """All reward workers."""
 
-    def __init__(self, cluster: Cluster, config: Config) -> None:
+    def __init__(self, cluster: Cluster, workers: int) -> None:
         self._cluster = cluster
-        self.fleet: Fleet[RemoteReward] = Fleet("reward", config.reward_workers, self._spawn, is_death)
+        self.fleet: Fleet[RemoteReward] = Fleet("reward", workers, self._spawn, is_death)
 
     async def score(self, group: Group) -> ScoredGroup:
         return await self.fleet.run(lambda worker: worker.score(group))
@@ -170,7 +175,8 @@ async def open_run(
         report.phase("starting Ray")
         cluster = await stack.enter_async_context(Cluster(config))
         cancel_on_signals()
-        rollouts, rewards = Rollouts(cluster, config), Rewards(cluster, config)
+        rollouts = Rollouts(cluster, config, config.rollout_workers)
+        rewards = Rewards(cluster, config.reward_workers)
         learner = LearnerGroup(cluster.rank, config.learner.ranks, secrets.token_hex(16), config.learner.step_timeout_s)
         stack.push_async_callback(_close, rollouts, rewards, learner)
         report.phase(f"starting {_count(config)} ({cluster.describe()})")

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from configs.rewards import AnyReward
 from configs.schema import Config, LearnerConfig
 
 
@@ -152,9 +153,7 @@ def _known_beside(location: tuple[int | str, ...]) -> list[str]:
 
 
 def _reward_fields(kind: str) -> list[str]:
-    from configs import schema
-
-    unions = typing.get_args(typing.get_args(schema.AnyReward)[0])
+    unions = typing.get_args(typing.get_args(AnyReward)[0])
     by_kind = {typing.get_args(model.model_fields["kind"].annotation)[0]: model for model in unions}
     return list(by_kind[kind].model_fields) if kind in by_kind else ["kind"]
 

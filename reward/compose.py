@@ -6,7 +6,7 @@ import importlib.util
 import math
 import re
 
-from configs.schema import (
+from configs.rewards import (
     AnyReward,
     ExactReward,
     FunctionReward,

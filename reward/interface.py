@@ -35,11 +35,16 @@ class Answer:
 
     text: str
     """Without special tokens, and without white space at both ends."""
-    tokens: int
-    """Number of tokens, the EOS or stop token included."""
+    token_ids: tuple[int, ...]
+    """[T] the policy's tokens, the EOS or stop token included."""
     finish: Finish
     """'length' where the token limit cut the answer off; the reference always has 'stop'."""
     is_reference: bool
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +86,9 @@ class Reward(Protocol):
 
 def sample_answer(sample: Sample) -> Answer:
     """A sample as rewards see it."""
-    return Answer(text=sample.text.strip(), tokens=len(sample.token_ids), finish=sample.finish, is_reference=False)
+    return Answer(text=sample.text.strip(), token_ids=sample.token_ids, finish=sample.finish, is_reference=False)
 
 
 def reference_answer(prompt: Prompt) -> Answer:
     """The reference answer as rewards see it."""
-    return Answer(
-        text=prompt.reference_text.strip(), tokens=len(prompt.reference_ids), finish="stop", is_reference=True
-    )
+    return Answer(text=prompt.reference_text.strip(), token_ids=prompt.reference_ids, finish="stop", is_reference=True)

@@ -69,6 +69,18 @@ def nag(post: Sequence[float], pre: Sequence[float]) -> float:
     return found.win - found.loss
 
 
+def nag_by_prompt(post: Sequence[ScoredGroup], pre: Sequence[ScoredGroup]) -> list[tuple[float, float]]:
+    """(rate, net) of each prompt: its i-th answer after training against its i-th before. Groups in the same order.
+
+    Raises ValueError where the prompts differ.
+    """
+    ids = [[group.group.prompt.id for group in groups] for groups in (post, pre)]
+    if ids[0] != ids[1]:
+        raise ValueError("the two evaluations have different prompts")
+    pairs = [rates(one.rewards, other.rewards) for one, other in zip(post, pre, strict=True)]
+    return [(found.win, found.win - found.loss) for found in pairs]
+
+
 def against_references(groups: Sequence[ScoredGroup]) -> Rates:
     """Every sample against the reference answer of its own prompt."""
     pairs = [(reward, group.reference_reward) for group in groups for reward in group.rewards]

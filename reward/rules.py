@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from configs.schema import ExactReward, LengthReward
+from configs.rewards import ExactReward, LengthReward
 from reward.interface import Answer
 from rollout.types import Prompt
 

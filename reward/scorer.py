@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from configs.schema import RewardConfig
+from configs.rewards import RewardConfig
 from reward.calls import within
 from reward.errors import NotRetryable, RewardError, one_line
 from reward.interface import Answer, Reward

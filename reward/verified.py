@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from configs.schema import RegexReward
+from configs.rewards import RegexReward
 from reward.calls import in_thread, within
 from reward.errors import NotRetryable
 from reward.interface import Answer

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from configs.schema import RewardConfig
+from configs.rewards import RewardConfig
 from reward.cache import SharedResults
 from reward.calls import together
 from reward.compose import build_rewards, check_rewards

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rollout.layouts import Example, Message
 from rollout.rows import DataError, RowError, one_line
+from rollout.types import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,6 +21,8 @@ _BATCH = 1000
 class Encoded:
     """One example as tokens."""
 
+    messages: tuple[Turn, ...]
+    """The conversation that the chat template rendered, the config's system message included."""
     text: str
     """The prompt as the chat template renders it, generation prompt included."""
     token_ids: tuple[int, ...]
@@ -32,6 +35,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class _Rendered:
+    messages: tuple[Turn, ...]
     text: str
     answers: tuple[str, ...]
     """The reference and, where there is one, the rejected answer, as the template writes them, up to EOS."""
@@ -77,7 +81,8 @@ class ChatEncoder:
             return RowError(f"an answer contains the EOS token '{self._eos}'")
         try:
             text = self._apply(messages, add_generation_prompt=True)
-            return _Rendered(text, tuple(self._render_answer(messages, text, answer) for answer in answers))
+            turns = tuple(Turn(role=message["role"], content=message["content"]) for message in messages)
+            return _Rendered(turns, text, tuple(self._render_answer(messages, text, answer) for answer in answers))
         except TemplateError as error:
             return RowError(f"the chat template refuses it ({one_line(error)})")
 
@@ -125,7 +130,13 @@ class ChatEncoder:
         ended = iter((*ids, self._eos_id) for ids in answers)
         for item, prompt in zip(rendered, prompts, strict=True):
             reference, rejected = next(ended), next(ended) if len(item.answers) > 1 else None
-            yield Encoded(text=item.text, token_ids=prompt, reference_ids=reference, rejected_ids=rejected)
+            yield Encoded(
+                messages=item.messages,
+                text=item.text,
+                token_ids=prompt,
+                reference_ids=reference,
+                rejected_ids=rejected,
+            )
 
     def _tails(self, texts: Sequence[str]) -> list[str]:
         """Every text from its last special token on; the whole text where it has none."""

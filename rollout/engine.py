@@ -20,8 +20,8 @@ from vllm import AsyncEngineArgs, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.exceptions import VLLMClientError
-from vllm.inputs import tokens_input
-from vllm.outputs import CompletionOutput
+from vllm.inputs import TokensInput, tokens_input
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -86,10 +86,38 @@ class Engine:
         """Sample number `index` of a group. Call through `watched`."""
         return self._sample(prompt, sampling, await self._answer(prompt, _parameters(sampling, index), str(index)))
 
+    async def logprobs(self, prompt: Prompt, answer: tuple[int, ...]) -> tuple[float, ...]:
+        """[T] log-probability of each token of a given answer at temperature 1. Call through `watched`.
+
+        vLLM makes at least one token more: prompt and answer must be shorter than the engine's longest sequence.
+        """
+        given = len(prompt.token_ids)
+        parameters = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            prompt_logprobs=0,
+            prompt_logprob_start=given - 1,  # the row that predicts the answer's first token
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        tokens = tokens_input([*prompt.token_ids, *answer], cache_salt=str(self._loads))
+        output = await self._output(prompt, tokens, parameters, "logprobs")
+        rows = [row for row in output.prompt_logprobs or () if row is not None][-len(answer) :]
+        if len(rows) != len(answer):
+            raise RolloutError(
+                f"prompt '{prompt.id}': vLLM gave {len(rows)} log-probabilities for {len(answer)} tokens"
+            )
+        return tuple(row[token].logprob for row, token in zip(rows, answer, strict=True))
+
     async def _answer(self, prompt: Prompt, parameters: SamplingParams, what: str) -> CompletionOutput:
-        request = f"{prompt.id}/{what}/{next(self._numbers)}"
         # The salt keeps keys and values computed with older parameters out of the prefix cache's answers.
         tokens = tokens_input(list(prompt.token_ids), cache_salt=str(self._loads))
+        return (await self._output(prompt, tokens, parameters, what)).outputs[0]
+
+    async def _output(
+        self, prompt: Prompt, tokens: TokensInput, parameters: SamplingParams, what: str
+    ) -> RequestOutput:
+        request = f"{prompt.id}/{what}/{next(self._numbers)}"
         last = None
         try:
             async for output in self._llm.generate(tokens, parameters, request):
@@ -98,7 +126,7 @@ class Engine:
             raise RolloutError(f"prompt '{prompt.id}': vLLM refused it: {_one_line(error)}") from error
         if last is None:
             raise RolloutError(f"prompt '{prompt.id}': vLLM gave no answer")
-        return last.outputs[0]
+        return last
 
     async def update(self, parameters: Parameters, path: str | None) -> dict[str, float]:
         """Swap the parameters; `path` is the staged file, None where the learner sends. Seconds by phase.

@@ -219,6 +219,7 @@ def _too_long(encoded: Encoded, data: DataConfig) -> str | None:
 def _prompt(name: str, example: Example, encoded: Encoded) -> Prompt:
     return Prompt(
         id=name,
+        messages=encoded.messages,
         token_ids=encoded.token_ids,
         text=encoded.text,
         reference_ids=encoded.reference_ids,

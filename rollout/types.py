@@ -4,8 +4,9 @@ Every record is frozen and complete at birth: a later stage makes a new type, it
 
 Worked example, one group of two samples:
 
-    prompt = Prompt(id="train-7", token_ids=(1, 9, 4), text="2+3=", reference_ids=(8, 2), reference_text="5",
-                    rejected_ids=None, rejected_text=None, extra={"answer": "5"})
+    prompt = Prompt(id="train-7", messages=(Turn(role="user", content="2+3="),), token_ids=(1, 9, 4), text="2+3=",
+                    reference_ids=(8, 2), reference_text="5", rejected_ids=None, rejected_text=None,
+                    extra={"answer": "5"})
     Group(prompt=prompt, samples=(
         Sample(token_ids=(8, 2), logprobs=(-0.1, -0.2), first_version=3, last_version=3, finish="stop", text="5"),
         Sample(token_ids=(7, 2), logprobs=(-2.3, -0.2), first_version=3, last_version=4, finish="stop", text="4"),
@@ -22,11 +23,23 @@ Finish = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One turn of a conversation."""
+
+    role: str
+    """'system', 'user', 'assistant', or another that the model's chat template knows."""
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """One question of the data with its reference answer, as tokens and as text."""
 
     id: str
     """Unique and stable within the data set; names the row in messages and seeds."""
+    messages: tuple[Turn, ...]
+    """The conversation up to the answer, before any chat template, the config's system message included; for rewards
+    that speak to another model."""
     token_ids: tuple[int, ...]
     """[P] the prompt as the model sees it: chat template applied, ending where the answer begins."""
     text: str

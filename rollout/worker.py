@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import ModelConfig, RolloutConfig
@@ -61,6 +62,11 @@ class RolloutWorker:
             await engine.watched(engine.share_prompt(prompt))
         samples = await engine.watched(*(engine.sample(prompt, sampling, i) for i in range(sampling.samples)))
         return Group(prompt=prompt, samples=tuple(samples))
+
+    async def logprobs(self, prompt: Prompt, answers: Sequence[tuple[int, ...]]) -> list[tuple[float, ...]]:
+        """Log-probabilities of given answers' tokens at temperature 1. Raises RolloutError, EngineDead."""
+        engine = self._live()
+        return await engine.watched(*(engine.logprobs(prompt, answer) for answer in answers))
 
     async def load(self, parameters: Parameters) -> dict[str, float]:
         """Make a published version live; returns wall seconds by phase: fetch, pause, load, resume.

@@ -50,6 +50,7 @@ def group(prompt: Sequence[int], samples: Sequence[Sequence[int]], reference: Se
     return ScoredGroup(
         group=Group(
             prompt=Prompt(
+                messages=(),
                 id="p", token_ids=tuple(prompt), text="", reference_ids=tuple(reference), reference_text="",
                 rejected_ids=None if rejected is None else tuple(rejected), rejected_text=None, extra={},
             ),

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from configs.schema import RewardConfig
+from configs.rewards import RewardConfig
 from rollout.types import Finish, Group, Prompt, Sample
 
 
 def prompt(reference: str = "5", *, id: str = "train-7", extra: Mapping[str, Any] | None = None) -> Prompt:
     return Prompt(
+        messages=(),
         id=id,
         token_ids=(1, 9, 4),
         text="2+3=",

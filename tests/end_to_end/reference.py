@@ -30,6 +30,7 @@ def random_group(
         answers = [answers[0]] * samples
     given = rewards if rewards is not None else [rng.random() for _ in range(samples + 1)]
     prompt = Prompt(
+        messages=(),
         id=f"p{number}",
         token_ids=tokens(2, 9),
         text="",

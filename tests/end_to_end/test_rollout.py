@@ -61,6 +61,7 @@ class Live:
         """A prompt of more than one block of the prefix cache (128 tokens)."""
         ids = tuple(self.tokenizer(text * times)["input_ids"])[:200]
         return Prompt(
+            messages=(),
             id="test",
             token_ids=ids,
             text=text,
@@ -125,6 +126,19 @@ async def test_logprobs_are_those_of_the_model_after_temperature(live: Live, tem
         assert sample.text == live.tokenizer.decode(shown, skip_special_tokens=True)
     assert live.gap(group, temperature) < TOLERANCE
     assert live.gap(group, 1.0) > 0.05  # the temperature is in the numbers
+
+
+async def test_logprobs_of_given_answers(live: Live) -> None:
+    """At temperature 1, whatever the sampling was; also right after these very prompts were sampled and cached."""
+    prompt = live.prompt()
+    group = await live.worker.generate(prompt, sampling(samples=3, temperature=0.7))
+    answers = [sample.token_ids for sample in group.samples] + [(5,), tuple(range(3, 20))]
+    found = await live.worker.logprobs(prompt, answers)
+    for answer, values in zip(answers, found, strict=True):
+        with torch.no_grad():
+            logits = live.model(torch.tensor([[*prompt.token_ids, *answer]])).logits[0, len(prompt.token_ids) - 1 : -1]
+        expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+        assert values == pytest.approx(expected.tolist(), abs=TOLERANCE)
 
 
 async def test_seeds_decide_and_company_does_not(live: Live) -> None:
@@ -192,6 +206,7 @@ async def test_more_prompt_tokens_than_one_step_takes(live: Live) -> None:
 
 async def test_a_prompt_that_cannot_fit_is_named(live: Live) -> None:
     long = Prompt(
+        messages=(),
         id="row-9",
         token_ids=(5,) * (LONGEST + 1),
         text="",

@@ -49,6 +49,7 @@ def scored(
     text: str = "an answer",
 ) -> ScoredGroup:
     prompt = Prompt(
+        messages=(),
         id=f"train-{number}",
         token_ids=(1, 2, 3),
         text="a question",

@@ -18,6 +18,7 @@ from tests.fast import virtual_time
 
 def scored(number: int, versions: tuple[int, ...], last: int | None = None) -> ScoredGroup:
     prompt = Prompt(
+        messages=(),
         id=f"p{number}",
         token_ids=(1,),
         text="",

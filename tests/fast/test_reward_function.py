@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from configs.schema import RewardConfig
+from configs.rewards import RewardConfig
 from reward.interface import RewardCall
 from reward.worker import RewardError, RewardWorker, check_rewards
 from rollout.types import Group

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import reasoning_gym
 
-from configs.schema import RewardConfig
+from configs.rewards import RewardConfig
 from reward.worker import RewardError, RewardWorker
 from rollout.types import Prompt
 from tests.reward_groups import config, group, prompt
@@ -226,7 +226,7 @@ async def test_a_verifier_process_that_is_lost_is_replaced(blow: signal.Signals)
 def test_a_verifier_process_ends_with_a_killed_parent() -> None:
     script = (
         "import asyncio, psutil, time\n"
-        "from configs.schema import RewardConfig\n"
+        "from configs.rewards import RewardConfig\n"
         "from reward.worker import RewardWorker\n"
         "worker = RewardWorker(RewardConfig.model_validate({'rewards': [{'kind': 'regex', 'pattern': '5'}]}))\n"
         "asyncio.run(worker.start())\n"

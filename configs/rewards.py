@@ -1,0 +1,97 @@
+"""Settings of the rewards, one class each; what they compute is in reward/."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from configs.objectives import Section
+
+
+class RewardBase(Section):
+    name: str = Field(default="", max_length=40)
+    """Name in logs; the kind where empty."""
+    weight: float = 1.0
+    """Factor in the total."""
+
+    @property
+    def label(self) -> str:
+        return self.name or getattr(self, "kind")  # noqa: B009 - every subclass has a kind
+
+
+class ExactReward(RewardBase):
+    """1 if the answer equals the reference after trimming white space (and case, where asked), else 0."""
+
+    kind: Literal["exact"]
+    ignore_case: bool = False
+
+
+class NumericReward(RewardBase):
+    """1 if the answer's last number or formula equals the reference's, by math-verify, else 0."""
+
+    kind: Literal["numeric"]
+
+
+class RegexReward(RewardBase):
+    """1 if the pattern is found in the answer (re.search, DOTALL), else 0."""
+
+    kind: Literal["regex"]
+    pattern: str
+
+
+class LengthReward(RewardBase):
+    """1 for min_chars to max_chars characters; falls linearly to 0 over `slope` characters outside."""
+
+    kind: Literal["length"]
+    min_chars: int = Field(default=0, ge=0)
+    max_chars: int = Field(default=1000, ge=1)
+    slope: int = Field(default=100, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LengthReward:
+        if self.min_chars > self.max_chars:
+            raise ValueError("min_chars is above max_chars; swap them")
+        return self
+
+
+class ReasoningGymReward(RewardBase):
+    """The verifier of the reasoning-gym generator that made the row, in [0, 1]."""
+
+    kind: Literal["reasoning_gym"]
+
+
+class FunctionReward(RewardBase):
+    """A function of yours, 'package.module:function'; see docs/rewards.md."""
+
+    kind: Literal["function"]
+    path: str = Field(pattern=r"^[\w.]+:[A-Za-z_]\w*$")
+    options: dict[str, Any] = Field(default_factory=dict)
+    """The function finds them as `call.options`."""
+
+
+AnyReward = Annotated[
+    ExactReward | NumericReward | RegexReward | LengthReward | ReasoningGymReward | FunctionReward,
+    Field(discriminator="kind"),
+]
+
+
+class RewardConfig(Section):
+    rewards: tuple[AnyReward, ...] = Field(min_length=1)
+    """Summed with their weights."""
+    workers: int = Field(default=1, ge=1)
+    """Number of reward workers."""
+    timeout_s: float = Field(default=60, gt=0)
+    """Longest time of one call of one reward."""
+    retries: int = Field(default=2, ge=0)
+    """Further tries after a failed call, with back-off; then the run stops with an error that names the reward."""
+    max_concurrent: int = Field(default=64, ge=1)
+    """Calls in flight in one worker."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> RewardConfig:
+        labels = [reward.label for reward in self.rewards]
+        double = next((label for label in labels if labels.count(label) > 1), None)
+        if double is not None:
+            raise ValueError(f"two rewards are called '{double}'; give each its own 'name'")
+        return self
