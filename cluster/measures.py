@@ -73,6 +73,8 @@ def staleness(groups: Sequence[ScoredGroup], version: int) -> dict[str, float]:
 def advantages(groups: Sequence[ScoredGroup], objective: Objective) -> dict[str, float]:
     """Mean |A_i|, mean A_y (groups without signal count as 0), share of groups without signal."""
     found = [objective.advantages(group) for group in groups]
+    if not found[0].samples:
+        return {}  # of tokens, and known to the learner only
     return {
         "advantage/abs_mean": mean(abs(a) for one in found for a in one.samples),
         "advantage/reference_mean": mean(one.reference for one in found),
@@ -97,6 +99,8 @@ def forward(rows: Sequence[Row], results: Mapping[int, RowResult], sampled: bool
     """What the learner's forward pass says of the rows, before the update. sampled: whether the groups have samples."""
     samples = [(row, results[index]) for index, row in enumerate(rows) if row.kind == "sample"]
     references = [results[index] for index, row in enumerate(rows) if row.kind == "reference"]
+    if results and all(math.isnan(result.mean_logprob) for result in results.values()):
+        return {}  # of a reward model
     if not sampled:
         return {"logprob/reference_mean": mean(result.mean_logprob for result in references)}
     tokens = sum(len(row.token_ids) for row, _ in samples)
@@ -109,6 +113,28 @@ def forward(rows: Sequence[Row], results: Mapping[int, RowResult], sampled: bool
         "gap/max": max((result.gap_max for _, result in samples), default=math.nan),
         "entropy/mean": _ratio(sum(result.entropy_sum for _, result in samples), tokens),
         **asked,
+    }
+
+
+def critic(reports: Sequence[RankReport]) -> dict[str, float]:
+    """How well the critic foretells returns, before the update; nothing without a critic."""
+    found = [report.critic for report in reports if report.critic is not None]
+    if not found:
+        return {}
+    rows = [row for one in found for row in one.rows]
+    tokens = math.fsum(row.tokens for row in rows)
+    error, returned = (
+        math.fsum(values) / tokens for values in ((r.error_sum for r in rows), (r.return_sum for r in rows))
+    )
+    error_variance = math.fsum(row.error_square_sum for row in rows) / tokens - error**2
+    variance = math.fsum(row.return_square_sum for row in rows) / tokens - returned**2
+    return {
+        "critic/loss": math.fsum(row.loss_sum for row in rows) / tokens,
+        "critic/explained_variance": 1 - error_variance / variance if variance > 0 else math.nan,
+        "critic/bias": error,
+        "critic/return_mean": returned,
+        "critic/advantage_abs_mean": math.fsum(row.advantage_size_sum for row in rows) / tokens,
+        "critic/grad_norm": found[0].grad_norm,
     }
 
 

@@ -69,7 +69,8 @@ def check_pairs(config: Config, prompts: PromptSet) -> None:
                 f"learner.objective '{name}' needs a rejected answer for every prompt, and '{prompt.id}' has none; use"
                 " data with 'chosen' and 'rejected'"
             )
-        need = len(prompt.token_ids) + len(prompt.reference_ids) + len(prompt.rejected_ids) - 2
+        answers = len(prompt.reference_ids) + len(prompt.rejected_ids)
+        need = len(prompt.token_ids) + answers - (0 if config.learner.objective.trains_scores else 2)
         if need > budget:
             raise ConfigError(
                 f"learner.tokens_per_micro_batch is {budget}, but both answers of prompt '{prompt.id}' belong together"

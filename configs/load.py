@@ -112,9 +112,9 @@ def _name_objective(tree: DictConfig) -> None:
 
 def _make_absolute(tree: DictConfig) -> None:
     """Local paths become absolute: workers run in other folders, and a run may be resumed from another one."""
-    for key in ("model.path", "data.train", "data.heldout"):
+    for key in ("model.path", "data.train", "data.heldout", "learner.objective.critic"):
         value = OmegaConf.select(tree, key)
-        if isinstance(value, str) and Path(value).expanduser().exists():
+        if isinstance(value, str) and value and Path(value).expanduser().exists():
             OmegaConf.update(tree, key, str(Path(value).expanduser().resolve()))
 
 

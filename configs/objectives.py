@@ -32,6 +32,21 @@ class ObjectiveBase(Section):
         """Whether a group's rows must be computed together because the loss couples them."""
         return False
 
+    @property
+    def trains_scores(self) -> bool:
+        """Whether it trains a reward model instead of a policy."""
+        return False
+
+    @property
+    def critic_of(self) -> str | None:
+        """Model whose backbone the critic starts from, '' for model.path; None for an objective without a critic."""
+        return None
+
+    @property
+    def critic_factor(self) -> float:
+        """The critic's learning rate as a multiple of the policy's."""
+        return 1.0
+
 
 class RatioObjective(ObjectiveBase):
     """What is done about samples that are not quite the current policy's."""
@@ -98,6 +113,41 @@ class GrpoObjective(RatioObjective):
         return self.kl > 0
 
 
+class PpoObjective(RatioObjective):
+    """learner/objectives/ppo.py"""
+
+    name: Literal["ppo"]
+    """Chooses PPO."""
+    clip: float | None = Field(default=0.2, gt=0, lt=1)
+    """As above; 0.2 as in PPO's paper."""
+    kl: float = Field(default=0.05, ge=0)
+    """Weight of the penalty to the start model in every token's reward."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount from token to token."""
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    """GAE's lambda: 0 trusts the critic alone, 1 the sampled rewards alone."""
+    value_clip: float | None = Field(default=0.2, gt=0)
+    """How far a value may move from what it was before the step's first update; null does not clip."""
+    normalise_advantages: bool = True
+    """Bring the step's token advantages to mean 0 and standard deviation 1."""
+    critic: str = ""
+    """Folder or hub name of the model that the critic starts from, e.g. a trained reward model; empty is model.path."""
+    critic_rate: float = Field(default=5.0, gt=0)
+    """The critic's learning rate as a multiple of learner.learning_rate."""
+
+    @property
+    def needs_start_model(self) -> bool:
+        return self.kl > 0
+
+    @property
+    def critic_of(self) -> str | None:
+        return self.critic
+
+    @property
+    def critic_factor(self) -> float:
+        return self.critic_rate
+
+
 class SftObjective(ObjectiveBase):
     """learner/objectives/sft.py"""
 
@@ -138,5 +188,31 @@ class DpoObjective(ObjectiveBase):
         return True
 
 
-AnyObjective = Annotated[GraoObjective | GrpoObjective | SftObjective | DpoObjective, Field(discriminator="name")]
+class RewardModelObjective(ObjectiveBase):
+    """learner/objectives/reward_model.py"""
+
+    name: Literal["reward_model"]
+    """Chooses the training of a reward model on preferences."""
+
+    @property
+    def online(self) -> bool:
+        return False
+
+    @property
+    def loss_temperature(self) -> Literal["rollout", "one"]:
+        return "one"
+
+    @property
+    def keeps_pairs(self) -> bool:
+        return True
+
+    @property
+    def trains_scores(self) -> bool:
+        return True
+
+
+AnyObjective = Annotated[
+    GraoObjective | GrpoObjective | PpoObjective | SftObjective | DpoObjective | RewardModelObjective,
+    Field(discriminator="name"),
+]
 """Chosen by `learner.objective.name`."""

@@ -87,13 +87,17 @@ class RolloutConfig(Section):
 
 class LearnerConfig(Section):
     objective: AnyObjective = Field(default_factory=GraoObjective)
-    """What is trained: a name (grao, grpo, sft, dpo), or {name: ..., and its settings}; see configs/objectives.py."""
+    """What is trained: a name (grao, grpo, ppo, sft, dpo, reward_model), or {name: ..., and its settings}; see
+    configs/objectives.py."""
     ranks: int = Field(default=1, ge=1)
     """ZeRO-3 ranks over which parameters, gradients and optimizer state are divided."""
     steps: int = Field(default=100, ge=1)
     """Updates of the run."""
     groups_per_step: int = Field(default=8, ge=1)
-    """Groups (prompts) in one update."""
+    """Groups (prompts) in one step."""
+    updates_per_step: int = Field(default=1, ge=1)
+    """Updates on a step's groups. From the second on the samples are off-policy: set the objective's clip or
+    importance_cap."""
     dtype: Dtype = "bfloat16"
     """Type of forward and backward; the optimizer's state and master parameters are float32."""
     learning_rate: float = Field(default=1e-6, gt=0)
@@ -135,8 +139,8 @@ class LearnerConfig(Section):
 
     @property
     def keeps_start_model(self) -> bool:
-        """Whether a frozen copy of the model that training started from is kept."""
-        return self.kl_every > 0 or self.objective.needs_start_model
+        """Whether a frozen copy of the policy that training started from is kept."""
+        return self.objective.needs_start_model or (self.kl_every > 0 and not self.objective.trains_scores)
 
 
 class EvaluationConfig(Section):

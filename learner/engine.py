@@ -1,7 +1,8 @@
-"""DeepSpeed ZeRO-3 around the policy: the only file that uses deepspeed.
+"""DeepSpeed ZeRO-3 around the models of a run: the only file that uses deepspeed.
 
-Every rank holds an equal flat slice of each parameter, of its float32 master and of AdamW's moments, also where there
-is one rank. DeepSpeed gathers a layer's parameters just before it computes and reduces gradients as they are made.
+Every rank holds an equal flat slice of each parameter and, where the model is trained, of its float32 master and of
+AdamW's moments, also where there is one rank. DeepSpeed gathers a layer's parameters just before it computes and
+reduces gradients as they are made.
 """
 
 from __future__ import annotations
@@ -13,138 +14,95 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 
-from configs.schema import LearnerConfig, ModelConfig
+from configs.schema import Dtype, LearnerConfig, ModelConfig
 from learner import shards
-from learner.errors import LearnerError
-from learner.head import HeadOutput
 from learner.layout import Share, share_of
 from learner.network import interface_of
 from learner.types import MicroBatch
+from learner.zero_settings import base_settings, zero_settings
 
 if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
+    from learner.head import HeadOutput
+    from learner.model import PackedModel, PolicyModel
+    from learner.objectives.interface import Floats
+    from learner.value import ValueModel, ValueOutput
 
-    from learner.model import MicroBatchTensors, PolicyModel
+PREFIX = "hf."  # of every parameter in PackedModel, before the name that the Hugging Face model gives it
+CRITIC = "critic/"  # before the critic's parameters in a checkpoint
 
-PREFIX = "hf."  # of every parameter in PolicyModel, before the name that the Hugging Face model gives it
+
+class Output(Protocol):
+    """What a model returns of a micro-batch: a named tuple of tensors."""
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """f32[]"""
 
 
-class ZeroEngine:
-    """One rank of the learner. All methods but `shares`, `slices` and `save` are collectives: every rank calls them.
+Out = TypeVar("Out", bound=Output)
+Weigh = Callable[[int, torch.Tensor], torch.Tensor]
+"""Number of the micro-batch and the model's f32[M] (log-probabilities, or values) to f32[M] weights."""
 
-    A step is `forward_backward`, then `update` or `forget`. Gradients add up to the plain sum over all micro-batches
-    of all ranks.
+
+class ZeroModule(Generic[Out]):
+    """One model divided over the ranks. All methods but `shares`, `slices` and `sections` are collectives.
+
+    A step of a trained one is `forward_backward`, then `update` or `forget`. Gradients add up to the plain sum over
+    all micro-batches of all ranks.
     """
 
-    def __init__(self, model: ModelConfig, learner: LearnerConfig, device: Literal["cpu", "gpu"]) -> None:
-        self._model_config, self._config = model, learner
-        self._on_gpu = device == "gpu"
-        self._engine: DeepSpeedEngine
-        self._start_model: DeepSpeedEngine | None = None
-        self._policy: PolicyModel
-        self._device = torch.device("cpu")
-        self._rank, self._world = 0, 1
+    def __init__(
+        self, model: PackedModel[Out], learner: LearnerConfig, rank: int, world: int, device: torch.device, train: bool
+    ) -> None:
+        import deepspeed
 
-    def start(self, rank: int, world: int, local_rank: int, address: str, port: int, seed: int) -> int:
-        """Meet the other ranks, load the model. Returns the number of parameters of the whole model."""
-        self._rank, self._world = rank, world
-        if self._on_gpu:
-            # Ray shows every actor its own GPU only, which is then number 0
-            self._device = torch.device("cuda", local_rank % torch.cuda.device_count())
-            torch.cuda.set_device(self._device)
-        else:
-            torch.set_num_threads(max(1, int(self._config.cpus_per_rank)))
-        self._meet(address, port)
-        shards.seed_all(seed + rank)
-        self._policy = self._build()
-        for_training = _zero_settings(_elements(self._policy), world, self._config)
-        self._engine = _initialize(self._policy, for_training, self._optimizer(self._policy))
-        with self._untraced():
-            self._policy.check_isolation(self._device)
-        self._engine.train()
-        if self._config.keeps_start_model:
-            frozen = self._build().requires_grad_(False)
-            self._start_model = _initialize(frozen, _zero_settings(_elements(frozen), world, self._config), None)
-            self._start_model.eval()
-        return _elements(self._policy)
+        self._model, self._learner = model, learner
+        self._rank, self._world, self._device, self._trained = rank, world, device, train
+        self.elements = sum(parameter.ds_numel for parameter in model.parameters())
+        optimizer = self._optimizer() if train else None
+        settings = zero_settings(self.elements, world, learner)
+        self._engine, *_ = deepspeed.initialize(model=model.requires_grad_(train), optimizer=optimizer, config=settings)
+        self._engine.train(train)
 
-    def forward_backward(
-        self,
-        batches: Sequence[MicroBatch],
-        loss_temperature: float,
-        rollout_temperature: float,
-        weigh: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
-    ) -> list[HeadOutput]:
+    def forward_backward(self, batches: Sequence[MicroBatch], weigh: Weigh | None, *settings: Any) -> list[Out]:
         """Add the gradients of `batches` (the same number on every rank) to what `update` will use.
 
-        `weigh` makes the weights of batch k from its log-probabilities f32[M]; None uses those of the batch. Returns
-        every batch's outputs on the CPU.
+        `weigh` makes the weights of batch k from its log-probabilities or values; None uses those of the batch.
+        `settings` are the model's further arguments. Returns every batch's outputs on the CPU.
         """
         self._zero.grad_partitions_flat_buffer.zero_()
         outputs = []
         for number, batch in enumerate(batches):
-            by_logprobs = None if weigh is None else partial(weigh, number)
-            output = self._engine(
-                self._tensors(batch), loss_temperature, rollout_temperature, self._config.head_chunk, by_logprobs
-            )
+            output = self._engine(self._tensors(batch), *settings, None if weigh is None else partial(weigh, number))
             # The one place that cancels DeepSpeed's scaling: it takes the mean over the ranks, we want the sum.
             # (Its division by the number of micro-batches is not asked for: their number changes from step to step.)
             self._engine.backward(output.loss * self._world, scale_wrt_gas=False)
-            outputs.append(HeadOutput(*(tensor.detach() for tensor in output)))
-        return [HeadOutput(*(tensor.cpu() for tensor in output)) for output in outputs]
+            outputs.append(type(output)(*(tensor.detach() for tensor in output)))
+        return [_to_host(output) for output in outputs]
 
-    def update(self, step: int, rate: float) -> float:
+    def update(self, rate: float) -> float:
         """Clip, let AdamW step with `rate`, forget the gradients. Returns the global norm before clipping.
 
-        Raises LearnerError, with nothing changed, where the norm is not finite.
+        Where the norm is not finite nothing is changed.
         """
         for group in self._zero.param_groups:
             group["lr"] = rate
         self._engine.step()
-        if not self._engine.was_step_applied():
-            raise LearnerError(
-                f"step {step}: the gradient's norm is not finite; the parameters are unchanged. Lower"
-                " learner.learning_rate, or look for extreme rewards in the samples"
-            )
-        return float(self._zero._global_grad_norm)
+        return float(self._zero._global_grad_norm) if self._engine.was_step_applied() else float("nan")
 
     def forget(self) -> None:
         """Drop the gradients of `forward_backward`."""
         self._zero.zero_grad()
 
-    def start_model_values(
-        self, batches: Sequence[MicroBatch], loss_temperature: float, rollout_temperature: float
-    ) -> list[HeadOutput]:
-        """Every batch's outputs under the start model, on the CPU. Needs learner.keeps_start_model."""
-        assert self._start_model is not None, "no start model was kept"
-        return self._values(self._start_model, batches, loss_temperature, rollout_temperature)
-
-    def values(
-        self, batches: Sequence[MicroBatch], loss_temperature: float, rollout_temperature: float
-    ) -> list[HeadOutput]:
+    def values(self, batches: Sequence[MicroBatch], *settings: Any) -> list[Out]:
         """Every batch's outputs under the current parameters, on the CPU; no gradients."""
-        with self._untraced():
-            return self._values(self._policy, batches, loss_temperature, rollout_temperature)
-
-    def _values(
-        self, model: torch.nn.Module, batches: Sequence[MicroBatch], loss_temperature: float, rollout_temperature: float
-    ) -> list[HeadOutput]:
-        found = []
-        with torch.no_grad():
-            for batch in batches:
-                output = model(self._tensors(batch), loss_temperature, rollout_temperature, self._config.head_chunk)
-                found.append(HeadOutput(*(tensor.cpu() for tensor in output)))
-        return found
-
-    def largest(self, value: int) -> int:
-        """The largest of all ranks' values."""
-        shared = torch.tensor([value], device=self._device)
-        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
-        return int(shared.item())
+        model = self._model if self._trained else self._engine
+        with self.untraced(), torch.no_grad():
+            return [_to_host(model(self._tensors(batch), *settings)) for batch in batches]
 
     def shares(self) -> list[Share]:
         """What this rank holds of each parameter, in named order; tied parameters once."""
@@ -171,7 +129,142 @@ class ZeroEngine:
     @property
     def hf(self) -> Any:
         """The Hugging Face model, for its config."""
-        return self._policy.hf
+        return self._model.hf
+
+    @contextlib.contextmanager
+    def untraced(self) -> Iterator[None]:
+        """Forward passes without backward, which must leave no trace in DeepSpeed's engine for a trained model.
+
+        It learns from the first passes which parameters are soon needed again, and remembers for good what it
+        concludes from two in a row: from forward passes alone that nothing is, so that each backward pass would
+        gather every parameter once more, one by one.
+        """
+        if not self._trained:
+            yield
+            return
+        coordinator = self._zero.parameter_offload.get_param_coordinator()
+        hook = self._model.register_forward_hook(lambda *_: coordinator._invalidate_trace())
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def sections(self, prefix: str = "") -> list[shards.Section]:
+        """What a checkpoint holds of this rank's part, parameters named with `prefix` before them; not copies."""
+        names = {id(parameter): prefix + name for name, parameter in self._named()}
+        found = []
+        for parameters, master in zip(self._zero.fp16_groups, self._zero.fp32_partitioned_groups_flat, strict=True):
+            state = self._zero.optimizer.state.get(master, {})
+            moments = {name: state[name] for name in shards.STATES[1:] if name in state}
+            found.append(
+                shards.Section(
+                    names=tuple(names[id(parameter)] for parameter in parameters),
+                    sizes=tuple(parameter.ds_numel for parameter in parameters),
+                    tensors={"master": master.detach(), **moments},
+                    steps=float(state["step"]) if state else 0.0,
+                )
+            )
+        return found
+
+    def restore(self, saved: Sequence[shards.Section]) -> None:
+        """Take over sections that were read for `sections`."""
+        self._zero.checkpoint_event_prologue()
+        for number, section in enumerate(saved):
+            master = self._zero.fp32_partitioned_groups_flat[number]
+            master.data.copy_(section.tensors["master"])
+            self._zero.fp16_partitioned_groups_flat[number].data.copy_(master.data)
+            moments = {state: section.tensors[state] for state in shards.STATES[1:] if state in section.tensors}
+            self._zero.optimizer.state.pop(master, None)
+            if moments:
+                steps = torch.tensor(section.steps, device=master.device)
+                copies = {state: tensor.to(master.device, copy=True) for state, tensor in moments.items()}
+                self._zero.optimizer.state[master] = {"step": steps, **copies}
+        self._zero.checkpoint_event_epilogue()
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's ZeRO-3 optimizer, which owns slices, masters and gradients."""
+        return self._engine.optimizer
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """AdamW of torch in its fused form: one pass over a flat slice, and nothing to compile on either device."""
+        parameters = list(self._model.parameters())
+        groups = [
+            {"params": [p for p in parameters if len(p.ds_shape) > 1], "weight_decay": self._learner.weight_decay},
+            # norms and biases: decay would pull their scale towards 0
+            {"params": [p for p in parameters if len(p.ds_shape) <= 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=self._learner.learning_rate,
+            betas=self._learner.adam_betas,
+            fused=True,
+        )
+
+    def _tensors(self, batch: MicroBatch) -> Any:
+        from learner.model import to_tensors
+
+        return to_tensors(batch, self._device)
+
+    def _named(self) -> Iterator[tuple[str, Any]]:
+        for name, parameter in self._model.named_parameters():
+            yield name.removeprefix(PREFIX), parameter
+
+
+def _to_host(output: Out) -> Out:
+    return type(output)(*(tensor.cpu() for tensor in output))  # type: ignore[attr-defined]
+
+
+class ZeroEngine:
+    """One rank of the learner: the model that is trained and, where the objective asks, a critic and a start model."""
+
+    def __init__(self, model: ModelConfig, learner: LearnerConfig, device: Literal["cpu", "gpu"]) -> None:
+        self._model_config, self._config = model, learner
+        self._on_gpu = device == "gpu"
+        self._device = torch.device("cpu")
+        self._rank, self._world = 0, 1
+        self.model: ZeroModule[Any]
+        """The policy; under the objective reward_model the reward model."""
+        self.critic: ZeroModule[ValueOutput] | None = None
+        self.start_model: ZeroModule[HeadOutput] | None = None
+        """A frozen copy of the policy that training started from."""
+
+    def start(self, rank: int, world: int, local_rank: int, address: str, port: int, seed: int) -> int:
+        """Meet the other ranks, load the models. Returns the number of parameters of the trained one."""
+        self._rank, self._world = rank, world
+        if self._on_gpu:
+            # Ray shows every actor its own GPU only, which is then number 0
+            self._device = torch.device("cuda", local_rank % torch.cuda.device_count())
+            torch.cuda.set_device(self._device)
+        else:
+            torch.set_num_threads(max(1, int(self._config.cpus_per_rank)))
+        self._meet(address, port)
+        shards.seed_all(seed + rank)
+        objective = self._config.objective
+        trained = self._value_model(self._model_config.path) if objective.trains_scores else self._policy()
+        self.model = self._divided(trained, train=True)
+        with self.model.untraced():
+            trained.check_isolation(self._device)
+        if objective.critic_of is not None:
+            self.critic = self._divided(self._value_model(objective.critic_of or self._model_config.path), train=True)
+        if self._config.keeps_start_model:
+            self.start_model = self._divided(self._policy(), train=False)
+        return self.model.elements
+
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' values."""
+        shared = torch.tensor([value], device=self._device)
+        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+        return int(shared.item())
+
+    def total(self, values: Floats) -> Floats:
+        """The sums over all ranks, f64[n] to f64[n]."""
+        shared = torch.from_numpy(values).to(self._device)
+        torch.distributed.all_reduce(shared)
+        return shared.cpu().numpy()
 
     def barrier(self) -> None:
         torch.distributed.barrier()
@@ -183,39 +276,28 @@ class ZeroEngine:
 
     def load(self, folder: str) -> None:
         """Go on exactly where `save` was called. Raises LearnerError; then nothing was changed on this rank."""
-        here = self._sections()
-        shard = shards.read(folder, self._rank, self._world, here, torch.device("cpu"))
-        self._zero.checkpoint_event_prologue()
-        for number, (section, saved) in enumerate(zip(here, shard.sections, strict=True)):
-            master = self._zero.fp32_partitioned_groups_flat[number]
-            section.tensors["master"].copy_(saved.tensors["master"])
-            self._zero.fp16_partitioned_groups_flat[number].data.copy_(master.data)
-            moments = {state: saved.tensors[state] for state in shards.STATES[1:] if state in saved.tensors}
-            self._zero.optimizer.state.pop(master, None)
-            if moments:
-                steps = torch.tensor(saved.steps, device=master.device)
-                copies = {state: tensor.to(master.device, copy=True) for state, tensor in moments.items()}
-                self._zero.optimizer.state[master] = {"step": steps, **copies}
-        self._zero.checkpoint_event_epilogue()
+        shard = shards.read(folder, self._rank, self._world, self._sections(), torch.device("cpu"))
+        own = len(self.model.sections())
+        self.model.restore(shard.sections[:own])
+        if self.critic is not None:
+            self.critic.restore(shard.sections[own:])
         shards.restore_random_states(shard.random, self._accelerator.set_rng_state)
 
     def close(self) -> None:
         """Leave the other ranks. The engine is of no use afterwards."""
-        for engine in (self._engine, self._start_model):
-            if engine is not None:
-                engine.destroy()
+        for module in (self.model, self.critic, self.start_model):
+            if module is not None:
+                module.close()
         torch.distributed.destroy_process_group()
-
-    @property
-    def _zero(self) -> Any:
-        """DeepSpeed's ZeRO-3 optimizer, which owns slices, masters and gradients."""
-        return self._engine.optimizer
 
     @property
     def _accelerator(self) -> Any:
         from deepspeed.accelerator import get_accelerator
 
         return get_accelerator()
+
+    def _sections(self) -> list[shards.Section]:
+        return self.model.sections() + ([] if self.critic is None else self.critic.sections(CRITIC))
 
     def _meet(self, address: str, port: int) -> None:
         environment = {
@@ -245,127 +327,37 @@ class ZeroEngine:
             timeout=timedelta(seconds=self._config.step_timeout_s),
         )
 
-    def _build(self) -> PolicyModel:
-        """The model, each rank keeping only its slices from the first moment on."""
-        from transformers.integrations import HfDeepSpeedConfig
-
+    def _policy(self) -> PolicyModel:
         from learner.model import build_model
 
-        watched = HfDeepSpeedConfig(_base_settings(self._world, self._config))  # transformers sees it while it lives
-        policy = build_model(
-            self._model_config.path,
-            self._config.dtype,
-            self._model_config.trust_remote_code,
-            self._config.activation_checkpointing,
-        )
-        del watched
-        return policy
+        with self._dividing():
+            return build_model(*self._loading(self._model_config.path))
+
+    def _value_model(self, path: str) -> ValueModel:
+        import deepspeed
+
+        from learner.value import build_value_model
+
+        with self._dividing():
+            made = build_value_model(*self._loading(path))
+        if made.has_new_head:
+            # 0 everywhere at first: no rank's random numbers, and no noise before anything was learned
+            with deepspeed.zero.GatheredParameters([made.hf.score.weight], modifier_rank=0):
+                torch.nn.init.zeros_(made.hf.score.weight)
+        return made
+
+    def _loading(self, path: str) -> tuple[str, Dtype, bool, bool]:
+        trust, checkpointing = self._model_config.trust_remote_code, self._config.activation_checkpointing
+        return path, self._config.dtype, trust, checkpointing
 
     @contextlib.contextmanager
-    def _untraced(self) -> Iterator[None]:
-        """Forward passes without backward, which must leave no trace in DeepSpeed.
+    def _dividing(self) -> Iterator[None]:
+        """Models loaded inside are divided from the first moment on: each rank keeps its slices only."""
+        from transformers.integrations import HfDeepSpeedConfig
 
-        It learns from the first passes which parameters are soon needed again, and remembers for good what it
-        concludes from two in a row: from forward passes alone that nothing is, so that each backward pass would
-        gather every parameter once more, one by one.
-        """
-        coordinator = self._zero.parameter_offload.get_param_coordinator()
-        hook = self._policy.register_forward_hook(lambda *_: coordinator._invalidate_trace())
-        try:
-            yield
-        finally:
-            hook.remove()
+        watched = HfDeepSpeedConfig(base_settings(self._world, self._config))  # transformers sees it while it lives
+        yield
+        del watched
 
-    def _optimizer(self, policy: PolicyModel) -> torch.optim.Optimizer:
-        """AdamW of torch in its fused form: one pass over a flat slice, and nothing to compile on either device."""
-        parameters = list(policy.parameters())
-        groups = [
-            {"params": [p for p in parameters if len(p.ds_shape) > 1], "weight_decay": self._config.weight_decay},
-            # norms and biases: decay would pull their scale towards 0
-            {"params": [p for p in parameters if len(p.ds_shape) <= 1], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=self._config.learning_rate,
-            betas=self._config.adam_betas,
-            fused=True,
-        )
-
-    def _tensors(self, batch: MicroBatch) -> MicroBatchTensors:
-        from learner.model import to_tensors
-
-        return to_tensors(batch, self._device)
-
-    def _named(self) -> Iterator[tuple[str, Any]]:
-        for name, parameter in self._policy.named_parameters():
-            yield name.removeprefix(PREFIX), parameter
-
-    def _sections(self) -> list[shards.Section]:
-        names = {id(parameter): name for name, parameter in self._named()}
-        found = []
-        for parameters, master in zip(self._zero.fp16_groups, self._zero.fp32_partitioned_groups_flat, strict=True):
-            state = self._zero.optimizer.state.get(master, {})
-            moments = {name: state[name] for name in shards.STATES[1:] if name in state}
-            found.append(
-                shards.Section(
-                    names=tuple(names[id(parameter)] for parameter in parameters),
-                    sizes=tuple(parameter.ds_numel for parameter in parameters),
-                    tensors={"master": master.detach(), **moments},
-                    steps=float(state["step"]) if state else 0.0,
-                )
-            )
-        return found
-
-
-def _elements(policy: PolicyModel) -> int:
-    return sum(parameter.ds_numel for parameter in policy.parameters())
-
-
-def _initialize(policy: PolicyModel, settings: dict[str, Any], optimizer: torch.optim.Optimizer | None) -> Any:
-    import deepspeed
-
-    engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)
-    return engine
-
-
-def _base_settings(world: int, learner: LearnerConfig) -> dict[str, Any]:
-    return {
-        # DeepSpeed insists on a batch size but counts with it nowhere here
-        "train_batch_size": world,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        # the number of micro-batches changes from step to step: we say when a step is due
-        "managed_gradient_accumulation": False,
-        "bf16": {"enabled": learner.dtype == "bfloat16"},
-        # sums over micro-batches and ranks in float32, whatever the gradients' own type
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "gradient_clipping": learner.max_grad_norm,
-        "zero_optimization": {"stage": 3},
-    }
-
-
-def _zero_settings(elements: int, world: int, learner: LearnerConfig) -> dict[str, Any]:
-    """ZeRO-3's thresholds from the model's size.
-
-    A collective costs about as much as moving some hundred thousand elements, so small models get few, large ones:
-    up to 64 Mi elements (256 MiB in float32) together. What is gathered for the forward pass stays for the backward
-    pass as long as it is under 1 Gi elements, as in DeepSpeed's own default. No parameter is kept whole between
-    steps: those would be gathered one by one after every update, while the others come in a few large gathers.
-    """
-    bucket = min(elements, 2**26)
-    return _base_settings(world, learner) | {
-        "zero_optimization": {
-            "stage": 3,
-            "reduce_scatter": True,
-            # reduce-scatter lays the gradients out anew anyway; a contiguous copy before it would only cost time
-            "contiguous_gradients": False,
-            "reduce_bucket_size": bucket,
-            "stage3_prefetch_bucket_size": bucket,
-            "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": 2**30,
-            "stage3_max_reuse_distance": 2**30,
-            # the optimizer casts one sub-group's gradients at a time: 128 Mi elements bound that copy to 512 MiB
-            "sub_group_size": 2**27,
-        }
-    }
+    def _divided(self, model: PackedModel[Out], train: bool) -> ZeroModule[Out]:
+        return ZeroModule(model, self._config, self._rank, self._world, self._device, train)

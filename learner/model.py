@@ -1,12 +1,14 @@
-"""The trainable policy: a Hugging Face model with shared-prompt attention and the loss head in place of lm_head."""
+"""The trainable policy: a Hugging Face model with shared-prompt attention and the loss head in place of lm_head.
+
+`PackedModel` is what it has in common with models that give values (learner/value.py).
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -21,6 +23,9 @@ from learner.types import MicroBatch, Row
 TORCH_DTYPE: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ISOLATION_TOLERANCE: dict[torch.dtype, float] = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Largest difference of a log-probability that rounding may make; a leak between answers makes more."""
+
+Out = TypeVar("Out")
+"""A named tuple of tensors with the field `loss`."""
 
 
 class MicroBatchTensors(NamedTuple):
@@ -52,17 +57,27 @@ def to_tensors(batch: MicroBatch, device: torch.device) -> MicroBatchTensors:
     )
 
 
-class PolicyModel(nn.Module):
-    """`hf` is the Hugging Face model, under its own state-dict names (here they have 'hf.' before them).
+class PackedModel(nn.Module, Generic[Out]):
+    """A model over packed micro-batches: `forward` takes a micro-batch and gives `Out`.
 
-    Its lm_head is a LossHead, so `hf` saves and loads as before but no longer gives logits.
+    `hf` is the Hugging Face model, under its own state-dict names (here they have 'hf.' before them).
     """
 
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
         self.hf = hf
 
-    def train(self, mode: bool = True) -> PolicyModel:
+    def hidden(self, decoder: nn.Module, tensors: MicroBatchTensors) -> torch.Tensor:
+        """[M, D] the decoder's last hidden states that predict the targets."""
+        decoded = decoder(
+            input_ids=tensors.token_ids,
+            position_ids=tensors.positions,
+            use_cache=False,
+            shared_map=tensors.shared_map,
+        )
+        return decoded.last_hidden_state[0].index_select(0, tensors.predict_at)
+
+    def train(self, mode: bool = True) -> Self:
         """Every part stays in evaluation mode: no dropout, no router noise, log-probabilities as in the rollout.
 
         Only the layers that checkpoint activations are told that they train, or else they would not.
@@ -72,6 +87,26 @@ class PolicyModel(nn.Module):
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = mode
         return self
+
+    def check_isolation(self, device: torch.device) -> None:
+        """Refuse a model in which an answer's numbers change when another answer shares its prompt.
+
+        Catches what no look at the config can: code that passes state between positions beside attention, or counts
+        positions itself. Two tiny forward passes; under ZeRO-3 every rank must call it. Raises ModelError.
+        """
+        raise NotImplementedError
+
+    def _answer_alone_and_in_company(self, device: torch.device) -> Iterator[tuple[MicroBatchTensors, torch.Tensor]]:
+        """Two micro-batches, and where in each the targets of the same answer are."""
+        prompt, answer, other = (1, 2, 3), (4, 5, 6, 7), (11, 10, 9, 8, 7)
+        for answers in ((answer,), (other, answer)):
+            rows = [Row(group=0, kind="reference", token_ids=ids, logprobs=None, weight=1.0) for ids in answers]
+            [[batch]] = plan(rows, [prompt], ranks=1, token_budget=64)
+            yield to_tensors(batch, device), torch.from_numpy(batch.row_of) == len(answers) - 1
+
+
+class PolicyModel(PackedModel[HeadOutput]):
+    """The lm_head of `hf` is a LossHead, so `hf` saves and loads as before but no longer gives logits."""
 
     def forward(
         self,
@@ -87,37 +122,28 @@ class PolicyModel(nn.Module):
         without targets gives a loss of 0 that depends on every parameter, so that all of ZeRO-3's ranks take part in
         the same collectives.
         """
-        decoded = self.hf.get_decoder()(
-            input_ids=tensors.token_ids,
-            position_ids=tensors.positions,
-            use_cache=False,
-            shared_map=tensors.shared_map,
-        )
-        hidden = decoded.last_hidden_state[0].index_select(0, tensors.predict_at)
+        hidden = self.hidden(self.hf.get_decoder(), tensors)
         return self.hf.get_output_embeddings()(
             hidden, tensors.targets, tensors.weights, loss_temperature, rollout_temperature, chunk, weigh
         )
 
     @torch.no_grad()
     def check_isolation(self, device: torch.device) -> None:
-        """Refuse a model in which an answer's log-probabilities change when another answer shares its prompt.
-
-        Catches what no look at the config can: code that passes state between positions beside attention, or counts
-        positions itself. Two tiny forward passes; under ZeRO-3 every rank must call it. Raises ModelError.
-        """
-        prompt, answer, other = (1, 2, 3), (4, 5, 6, 7), (11, 10, 9, 8, 7)
-        found = []
-        for answers in ((answer,), (other, answer)):
-            rows = [Row(group=0, kind="reference", token_ids=ids, logprobs=None, weight=1.0) for ids in answers]
-            [[batch]] = plan(rows, [prompt], ranks=1, token_budget=64)
-            output = self(to_tensors(batch, device), 1.0, 1.0, chunk=64)
-            found.append(output.logprobs[torch.from_numpy(batch.row_of) == len(answers) - 1].cpu().numpy())
-        worst = float(np.abs(found[0] - found[1]).max())
+        found = [
+            self(tensors, 1.0, 1.0, chunk=64).logprobs.cpu()[answer]
+            for tensors, answer in self._answer_alone_and_in_company(device)
+        ]
+        worst = float((found[0] - found[1]).abs().max())
         if not worst <= ISOLATION_TOLERANCE[self.hf.dtype]:
-            raise ModelError(
-                f"model.path: {self.hf.config.model_type} gives an answer other log-probabilities (by {worst:.2g}) when"
-                " another answer shares its prompt; its code carries state across positions beside attention"
-            )
+            raise leak(self.hf.config, f"log-probabilities (by {worst:.2g})")
+
+
+def leak(config: PretrainedConfig, what: str) -> ModelError:
+    """What to say of a model that does not keep the answers of a prompt apart."""
+    return ModelError(
+        f"model.path: {config.model_type} gives an answer other {what} when another answer shares its prompt; its code"
+        " carries state across positions beside attention"
+    )
 
 
 def build_model(path: str, dtype: Dtype, trust_remote_code: bool, activation_checkpointing: bool) -> PolicyModel:
@@ -127,32 +153,41 @@ def build_model(path: str, dtype: Dtype, trust_remote_code: bool, activation_che
     Dropout is set to 0, in the model's config too. Raises ModelError for a model that could not be trained exactly.
     """
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    check_attention(config)
-    _without_dropout(config)
-    hf, loading = _load(path, config, TORCH_DTYPE[dtype], trust_remote_code)
-    absent = sorted(loading["missing_keys"])
-    if absent:
-        raise ModelError(f"model.path: '{path}' has no weights for {absent[0]} and {len(absent) - 1} more parameters")
-    _check_class(hf)
+    hf, absent = load_packed(AutoModelForCausalLM, path, config, dtype, trust_remote_code)
+    refuse_absent(path, absent)
+    check_decoder(hf, hf.get_decoder())
+    if not isinstance(hf.get_output_embeddings(), nn.Linear):
+        raise ModelError(f"model.path: {hf.config.model_type} does not end in a linear layer over the vocabulary")
     scale, softcap = _logit_options(config)
     _check_logits(hf, scale, softcap)
     hf.set_output_embeddings(LossHead(hf.get_output_embeddings(), scale, softcap))
     if activation_checkpointing:
-        if not hf.supports_gradient_checkpointing:
-            raise ModelError(f"learner.activation_checkpointing: {config.model_type} cannot do it; set it to false")
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(hf)
     policy = PolicyModel(hf)
     return policy.train()
 
 
-def _load(
-    path: str, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+def checkpoint_activations(hf: PreTrainedModel) -> None:
+    """Raises ModelError for a model that cannot."""
+    if not hf.supports_gradient_checkpointing:
+        raise ModelError(f"learner.activation_checkpointing: {hf.config.model_type} cannot do it; set it to false")
+    hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def load_packed(
+    auto: Any, path: str, config: PretrainedConfig, dtype: Dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model of transformers' class `auto` with our attention and no dropout, and its parameters without weights.
+
+    Raises ModelError for a model that could not be trained exactly.
+    """
+    check_attention(config)
+    _without_dropout(config)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        hf, loading = auto.from_pretrained(
             path,
             config=config,
-            dtype=dtype,
+            dtype=TORCH_DTYPE[dtype],
             attn_implementation=NAME,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -161,6 +196,13 @@ def _load(
         if error.args != (NAME,):
             raise
         raise _no_replacement(config) from error  # older families look the name up in a table of their own
+    return hf, sorted(loading["missing_keys"])
+
+
+def refuse_absent(path: str, absent: Sequence[str]) -> None:
+    """Raises ModelError where there are parameters without weights."""
+    if absent:
+        raise ModelError(f"model.path: '{path}' has no weights for {absent[0]} and {len(absent) - 1} more parameters")
 
 
 def _no_replacement(config: PretrainedConfig) -> ModelError:
@@ -177,13 +219,11 @@ def _without_dropout(config: PretrainedConfig) -> None:
             setattr(text, name, 0.0)
 
 
-def _check_class(hf: PreTrainedModel) -> None:
-    """The model's code must ask for its attention function, hand keywords through to it, and end in a linear head."""
-    keywords = inspect.signature(hf.get_decoder().forward).parameters.values()
+def check_decoder(hf: PreTrainedModel, decoder: nn.Module) -> None:
+    """The model's code must ask for its attention function and hand keywords through to it. Raises ModelError."""
+    keywords = inspect.signature(decoder.forward).parameters.values()
     if not hf.is_backend_compatible() or not any(one.kind is one.VAR_KEYWORD for one in keywords):
         raise _no_replacement(hf.config)
-    if not isinstance(hf.get_output_embeddings(), nn.Linear):
-        raise ModelError(f"model.path: {hf.config.model_type} does not end in a linear layer over the vocabulary")
 
 
 def _logit_options(config: PretrainedConfig) -> tuple[float, float | None]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from learner.objectives.interface import Floats, Weighed, per_row
+from learner.objectives.reward_model import ends
 from learner.types import MicroBatch, RowResult
 
 
@@ -59,8 +61,27 @@ def row_results(batch: MicroBatch, values: Values, start: Values | None, weighed
             gap_max=float(gap_max[k]),
             kl_sum=float(kl[k]),
             entropy_sum=float(entropy_sum[k]),
+            score=math.nan,
         )
         for k, row in enumerate(batch.rows)
+    ]
+
+
+def score_results(batch: MicroBatch, values: Floats, weighed: Weighed) -> list[RowResult]:
+    """Results of one micro-batch of a reward model, `values` f64[M]."""
+    unknown = dict.fromkeys(("mean_logprob", "log_ratio_sum", "kl_sum", "entropy_sum"), math.nan)
+    return [
+        RowResult(
+            row=row,
+            gain=float(weighed.gain[k]),
+            penalty=0.0,
+            clipped=0.0,
+            gap_sum=0.0,
+            gap_max=0.0,
+            score=float(values[end]),
+            **unknown,
+        )
+        for k, (row, end) in enumerate(zip(batch.rows, ends(batch), strict=True))
     ]
 
 
@@ -73,5 +94,5 @@ def k3(log_ratio: Floats) -> Floats:
 
 
 def first_not_finite(results: Sequence[RowResult]) -> int:
-    """Index of a row whose log-probability is not a finite number; -1 where there is none."""
-    return next((result.row for result in results if not np.isfinite(result.mean_logprob)), -1)
+    """Index of a row whose log-probability (or score) is not a finite number; -1 where there is none."""
+    return next((one.row for one in results if not np.isfinite(one.mean_logprob) and not np.isfinite(one.score)), -1)

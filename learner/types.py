@@ -86,6 +86,36 @@ class RowResult:
     """Sum over tokens of the k3 estimate of KL(policy | start model); NaN when not asked for."""
     entropy_sum: float
     """Sum over tokens of the entropy of the next-token distribution at the loss temperature, in nats."""
+    score: float
+    """A reward model's score of the row, and then all log-probabilities are NaN; NaN of a policy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CriticRow:
+    """What the critic says of one sample before the update; sums over its tokens."""
+
+    row: int
+    """Index in the step's list of rows."""
+    tokens: float
+    loss_sum: float
+    error_sum: float
+    """Of value less return."""
+    error_square_sum: float
+    return_sum: float
+    return_square_sum: float
+    advantage_size_sum: float
+    """Of the advantages without their signs, before they are normalised."""
+    clipped: float
+    """Tokens whose value has moved as far as it may."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CriticReport:
+    """The critic's part of a rank's report."""
+
+    rows: tuple[CriticRow, ...]
+    grad_norm: float
+    """Global L2 norm before clipping, the same on every rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +124,11 @@ class RankReport:
 
     rank: int
     rows: tuple[RowResult, ...]
+    """Before the step's first update; only `clipped` is a mean over its updates."""
+    critic: CriticReport | None
+    """None for an objective without a critic."""
     grad_norm: float
-    """Global L2 norm before clipping, the same on every rank."""
+    """Global L2 norm before clipping, the same on every rank; the mean over the step's updates."""
     learning_rate: float
     unique_tokens: int
     """Positions computed by this rank."""

@@ -5,42 +5,32 @@ A plain class; in production a Ray actor. Torch, DeepSpeed and the model are loa
 
 from __future__ import annotations
 
+import math
 import os
+import statistics
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
-
-import numpy as np
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from configs.schema import LearnerConfig, ModelConfig, RolloutConfig
 from learner.errors import LearnerError
 from learner.layout import pack
 from learner.network import free_port, own_address
 from learner.objectives.build import build_objective
-from learner.objectives.interface import Floats, Weighed
 from learner.packing import plan
-from learner.results import Values, first_not_finite, row_results
+from learner.passes import PolicyPasses, ScorePasses, Settings
+from learner.results import first_not_finite
 from learner.schedule import learning_rate
-from learner.types import MicroBatch, RankReport, Row, RowResult
+from learner.types import CriticReport, MicroBatch, RankReport, Row, RowResult
 from reward.types import ScoredGroup
 from rollout.types import Parameters
 
 if TYPE_CHECKING:
-    import torch
-
-    from learner.engine import ZeroEngine
-    from learner.head import HeadOutput
+    from learner.engine import ZeroEngine, ZeroModule
     from learner.publisher import EngineClient, Publisher, Trainer
 
 __all__ = ["LearnerError", "LearnerRank"]
-
-
-def _floats(tensor: torch.Tensor) -> Floats:
-    return tensor.double().numpy()
-
-
-def _values(output: HeadOutput) -> Values:
-    return Values(_floats(output.logprobs), _floats(output.rollout_logprobs), _floats(output.entropy))
 
 
 class LearnerRank:
@@ -85,37 +75,31 @@ class LearnerRank:
         parameters = self._engine.start(rank, world, local_rank, address, port, self._seed)
         if self._learner.transport == "shared_memory":
             here = own_address((address, port))
-            self._publisher = Publisher(rank, self._engine.shares(), self._rollout.dtype, secret, here, port)
+            self._publisher = Publisher(rank, self._engine.model.shares(), self._rollout.dtype, secret, here, port)
             self._engine.barrier()  # each rank first removes old files, then any may make new ones
         return {"parameters": parameters}
 
     def train_step(self, step: int, groups: Sequence[ScoredGroup]) -> RankReport:
-        """Update number `step` (1, 2, ...) with all of the step's groups; this rank computes its share of the rows.
+        """Step number `step` (1, 2, ...) with all of its groups; this rank computes its share of the rows.
 
         A step whose groups are all without signal has no rows: it counts, moves the schedule on, and leaves
         parameters and AdamW's moments as they are.
-        Raises LearnerError, with parameters unchanged, where a loss or the gradient's norm is not finite.
+        Raises LearnerError, with parameters as they were before the update that failed, where a loss or a gradient's
+        norm is not finite.
         """
         begun = time.perf_counter()
         rows = self._objective.rows(groups)
         prompts = [scored.group.prompt.token_ids for scored in groups]
         batches = self._plan(rows, prompts)
-        packed = time.perf_counter()
-        results = self._compute(step, batches, rows, groups) if rows else ()
-        computed = time.perf_counter()
-        rate = learning_rate(step, self._learner)
-        grad_norm = self._engine.update(step, rate) if rows else 0.0
-        seconds = {
-            "pack": packed - begun,
-            "forward_backward": computed - packed,
-            "optimizer": time.perf_counter() - computed,
-        }
+        seconds = {"pack": time.perf_counter() - begun, "forward_backward": 0.0, "optimizer": 0.0}
+        results, critic, norm = self._updates(step, batches, rows, groups, seconds) if rows else ((), None, 0.0)
         mine = [rows[result.row] for result in results]
         return RankReport(
             rank=self._rank,
-            rows=tuple(results),
-            grad_norm=grad_norm,
-            learning_rate=rate,
+            rows=results,
+            critic=critic,
+            grad_norm=norm,
+            learning_rate=learning_rate(step, self._learner),
             unique_tokens=sum(len(batch.token_ids) for batch in batches if batch.rows),
             nominal_tokens=sum(len(prompts[row.group]) + len(row.token_ids) for row in mine),
             micro_batches=len(batches),
@@ -125,13 +109,7 @@ class LearnerRank:
     def measure(self, groups: Sequence[ScoredGroup]) -> tuple[RowResult, ...]:
         """What the objective says of groups that are not trained on: this rank's share of their rows; no gradients."""
         batches = self._plan(self._objective.rows(groups), [scored.group.prompt.token_ids for scored in groups])
-        temperatures = self._temperatures()
-        start = self._start_values(batches) if self._learner.objective.needs_start_model else [None] * len(batches)
-        found = [_values(output) for output in self._engine.values(batches, *temperatures)]
-        results: list[RowResult] = []
-        for batch, values, begin in zip(batches, found, start, strict=True):
-            results += row_results(batch, values, begin, self._weighed(batch, values.logprobs, begin))
-        return tuple(results)
+        return tuple(self._passes().measure(batches, self._learner.objective.needs_start_model))
 
     def _plan(self, rows: Sequence[Row], prompts: Sequence[tuple[int, ...]]) -> Sequence[MicroBatch]:
         """This rank's micro-batches; none where there are no rows at all."""
@@ -140,53 +118,75 @@ class LearnerRank:
         budget, together = self._learner.tokens_per_micro_batch, self._learner.objective.keeps_pairs
         return plan(rows, prompts, self._world, budget, together)[self._rank]
 
-    def _temperatures(self) -> tuple[float, float]:
-        """(loss, rollout)"""
+    def _passes(self) -> PolicyPasses | ScorePasses:
+        if self._learner.objective.trains_scores:
+            return ScorePasses(self._engine, self._objective)
         rollout = self._rollout.temperature
-        return rollout if self._learner.objective.loss_temperature == "rollout" else 1.0, rollout
-
-    def _start_values(self, batches: Sequence[MicroBatch]) -> list[Values | None]:
-        return [_values(output) for output in self._engine.start_model_values(batches, *self._temperatures())]
-
-    def _weighed(self, batch: MicroBatch, logprobs: Floats, start: Values | None) -> Weighed | None:
-        """None for a linear objective."""
-        if self._objective.weigh is None:
-            return None
-        return self._objective.weigh(
-            batch, logprobs, np.full_like(logprobs, np.nan) if start is None else start.logprobs
+        settings = Settings(
+            loss_temperature=rollout if self._learner.objective.loss_temperature == "rollout" else 1.0,
+            rollout_temperature=rollout,
+            head_chunk=self._learner.head_chunk,
         )
+        return PolicyPasses(self._engine, self._objective, settings)
 
-    def _compute(
-        self, step: int, batches: Sequence[MicroBatch], rows: Sequence[Row], groups: Sequence[ScoredGroup]
-    ) -> list[RowResult]:
-        """Forward and backward of this rank's micro-batches; the gradients stay in the engine."""
-        start: list[Values | None] = [None] * len(batches)
+    def _updates(
+        self,
+        step: int,
+        batches: Sequence[MicroBatch],
+        rows: Sequence[Row],
+        groups: Sequence[ScoredGroup],
+        seconds: dict[str, float],
+    ) -> tuple[tuple[RowResult, ...], CriticReport | None, float]:
+        """The step's updates: results before the first one, the critic's, and the mean gradient norm."""
         kl_is_due = self._learner.kl_every > 0 and step % self._learner.kl_every == 0
-        if self._learner.objective.needs_start_model or kl_is_due:
-            start = self._start_values(batches)
-        weighed: list[Weighed | None] = [None] * len(batches)
+        passes, clock = self._passes(), time.perf_counter()
+        with_start = self._learner.objective.needs_start_model or (kl_is_due and self._learner.keeps_start_model)
+        prepared = passes.prepare(batches, groups, with_start)
+        results, critic_rows, norms, critic_norms = [], [], [], []
+        for _ in range(self._learner.updates_per_step):
+            results.append(passes.forward_backward(prepared))
+            self._refuse_not_finite(step, results[-1], rows, groups)
+            critic_rows.append(passes.critic_forward_backward(prepared))
+            seconds["forward_backward"] += time.perf_counter() - clock
+            clock = time.perf_counter()
+            norms.append(self._update(step, self._engine.model, 1.0))
+            if self._engine.critic is not None:
+                critic_norms.append(self._update(step, self._engine.critic, self._learner.objective.critic_factor))
+            seconds["optimizer"] += time.perf_counter() - clock
+            clock = time.perf_counter()
+        before = tuple(
+            replace(first, clipped=statistics.fmean(one.clipped for one in each))
+            for first, *each in zip(results[0], *results, strict=True)
+        )
+        critic = (
+            CriticReport(rows=tuple(critic_rows[0]), grad_norm=statistics.fmean(critic_norms)) if critic_norms else None
+        )
+        return before, critic, statistics.fmean(norms)
 
-        def weigh(number: int, logprobs: torch.Tensor) -> torch.Tensor:
-            made = self._weighed(batches[number], _floats(logprobs.cpu()), start[number])
-            assert made is not None
-            weighed[number] = made
-            return logprobs.new_tensor(made.weights)
+    def _update(self, step: int, module: ZeroModule[Any], factor: float) -> float:
+        """One optimizer step at `factor` times the schedule's rate; the gradient's norm. Raises LearnerError."""
+        norm = module.update(factor * learning_rate(step, self._learner))
+        if not math.isfinite(norm):
+            whose = "gradient" if module is self._engine.model else "critic's gradient"
+            raise LearnerError(
+                f"step {step}: the {whose}'s norm is not finite; its parameters are unchanged. Lower"
+                " learner.learning_rate, or look for extreme rewards in the samples"
+            )
+        return norm
 
-        by_logprobs = None if self._objective.weigh is None else weigh
-        outputs = self._engine.forward_backward(batches, *self._temperatures(), by_logprobs)
-        results: list[RowResult] = []
-        for batch, output, begin, how in zip(batches, outputs, start, weighed, strict=True):
-            results += row_results(batch, _values(output), begin, how)
+    def _refuse_not_finite(
+        self, step: int, results: Sequence[RowResult], rows: Sequence[Row], groups: Sequence[ScoredGroup]
+    ) -> None:
+        """Raise LearnerError, on every rank, where a log-probability is not a finite number."""
         # one rank that raises alone would leave the others waiting for it
         bad = self._engine.largest(first_not_finite(results))
         if bad >= 0:
-            self._engine.forget()
+            self._engine.model.forget()
             row = rows[bad]
             raise LearnerError(
                 f"step {step}: the log-probability of a {row.kind} of prompt '{groups[row.group].group.prompt.id}' is"
                 " not finite; the parameters are unchanged. Lower learner.learning_rate or look at this prompt"
             )
-        return results
 
     def publish(self, version: int) -> Parameters:
         """Stage this rank's part of the parameters as `version`; the answer holds only this rank's piece.
@@ -194,8 +194,8 @@ class LearnerRank:
         For a GPU transport nothing is staged: the answer describes the tensors and has no pieces.
         """
         if self._publisher is not None:
-            return self._publisher.publish(version, self._engine.slices())
-        specs, nbytes = pack(self._engine.shares(), self._rollout.dtype)
+            return self._publisher.publish(version, self._engine.model.slices())
+        specs, nbytes = pack(self._engine.model.shares(), self._rollout.dtype)
         return Parameters(
             version=version, dtype=self._rollout.dtype, nbytes=nbytes, tensors=specs, pieces=(), secret=self._secret
         )
@@ -207,8 +207,8 @@ class LearnerRank:
         """
         from learner.publisher import ipc_trainer, nccl_trainer, weight_source
 
-        specs, _ = pack(self._engine.shares(), self._rollout.dtype)
-        source = weight_source(specs, self._rollout.dtype, self._engine.gather)
+        specs, _ = pack(self._engine.model.shares(), self._rollout.dtype)
+        source = weight_source(specs, self._rollout.dtype, self._engine.model.gather)
         if self._learner.transport == "ipc":
             self._trainer = ipc_trainer(source, client, self._rank)
         else:
@@ -235,11 +235,11 @@ class LearnerRank:
         """Write the model as a Hugging Face folder into `folder`, which exists. Rank 0 writes; all take part."""
         from learner import export
 
-        gathered = self._engine.gather_to_host()
+        gathered = self._engine.model.gather_to_host()
         if self._rank == 0:
-            specs, _ = pack(self._engine.shares(), self._learner.dtype)
+            specs, _ = pack(self._engine.model.shares(), self._learner.dtype)
             export.write_weights(folder, specs, gathered)
-            export.write_description(folder, self._engine.hf, self._model)
+            export.write_description(folder, self._engine.model.hf, self._model)
         else:
             for _ in gathered:
                 pass

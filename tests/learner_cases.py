@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,4 +91,4 @@ def row_result(row: int, gain: float = 0.0, **fields: float) -> RowResult:
     others = dict.fromkeys(
         ("mean_logprob", "penalty", "clipped", "log_ratio_sum", "gap_sum", "gap_max", "kl_sum", "entropy_sum"), 0.0
     )
-    return RowResult(row=row, gain=gain, **{**others, **fields})
+    return RowResult(row=row, gain=gain, **{**others, "score": math.nan, **fields})

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from configs.objectives import AnyObjective, DpoObjective, GraoObjective, GrpoObjective, SftObjective
+from configs.objectives import (
+    AnyObjective,
+    DpoObjective,
+    GraoObjective,
+    GrpoObjective,
+    PpoObjective,
+    RewardModelObjective,
+    SftObjective,
+)
 from learner.objectives.dpo import Dpo
 from learner.objectives.grao import Grao
 from learner.objectives.grpo import Grpo
 from learner.objectives.interface import Objective
+from learner.objectives.ppo import Ppo
+from learner.objectives.reward_model import RewardModel
 from learner.objectives.sft import Sft
 
 
@@ -17,6 +27,10 @@ def build_objective(config: AnyObjective) -> Objective:
             return Grao(config)
         case GrpoObjective():
             return Grpo(config)
+        case PpoObjective():
+            return Ppo(config)
+        case RewardModelObjective():
+            return RewardModel(config)
         case SftObjective():
             return Sft(config)
         case DpoObjective():

@@ -397,8 +397,8 @@ def overflow(rank: LearnerRank, groups: list[ScoredGroup]) -> None:
     batches = [
         replace(batch, weights=batch.weights * 1e38) for batch in plan(rows, prompts, rank._world, 64)[rank._rank]
     ]
-    rank._engine.forward_backward(batches, 0.7, 0.7)
-    rank._engine.update(9, 1e-3)
+    rank._engine.model.forward_backward(batches, None, 0.7, 0.7, 16)
+    rank._update(9, rank._engine.model, 1.0)
 
 
 def test_a_gradient_that_is_not_finite_is_refused(run: Run, tmp_path: Path) -> None:

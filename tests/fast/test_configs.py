@@ -79,7 +79,7 @@ def test_an_objective_is_a_name_or_a_section() -> None:
         (["objective.beta=1"], "did you mean 'learner.objective.beta'?"),
         (
             ["learner.objective=grpoo"],
-            "'learner.objective' is 'grpoo', not one of grao, grpo, sft, dpo; did you mean 'grpo'",
+            "'learner.objective' is 'grpoo', not one of grao, grpo, ppo, sft, dpo, reward_model; did you mean 'grpo'",
         ),
         (["learner.objective=grpo", "learner.objective.beta=1"], "unknown key 'learner.objective.beta'"),
         (["learner.objective.clip=0.2", "learner.objective.importance_cap=2"], "set one of them to null"),
@@ -153,7 +153,7 @@ def test_every_field_is_explained() -> None:
 
 
 def test_the_number_of_settings_grows_only_on_purpose() -> None:
-    assert len(list(field_names())) <= 80
+    assert len(list(field_names())) <= 90
 
 
 def test_the_config_explained_in_the_readme_is_valid() -> None:

@@ -96,6 +96,7 @@ def rank(number: int, rows: Sequence[RowResult], seconds: dict[str, float] | Non
     return RankReport(
         rank=number,
         rows=tuple(rows),
+        critic=None,
         grad_norm=2.5,
         learning_rate=1e-6,
         unique_tokens=10 + 20 * number,

@@ -1,0 +1,50 @@
+"""DeepSpeed's configuration as plain mappings: ZeRO-3 and its thresholds from the model's size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from configs.schema import LearnerConfig
+
+
+def base_settings(world: int, learner: LearnerConfig) -> dict[str, Any]:
+    return {
+        # DeepSpeed insists on a batch size but counts with it nowhere here
+        "train_batch_size": world,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # the number of micro-batches changes from step to step: we say when a step is due
+        "managed_gradient_accumulation": False,
+        "bf16": {"enabled": learner.dtype == "bfloat16"},
+        # sums over micro-batches and ranks in float32, whatever the gradients' own type
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "gradient_clipping": learner.max_grad_norm,
+        "zero_optimization": {"stage": 3},
+    }
+
+
+def zero_settings(elements: int, world: int, learner: LearnerConfig) -> dict[str, Any]:
+    """ZeRO-3's thresholds from the model's size.
+
+    A collective costs about as much as moving some hundred thousand elements, so small models get few, large ones:
+    up to 64 Mi elements (256 MiB in float32) together. What is gathered for the forward pass stays for the backward
+    pass as long as it is under 1 Gi elements, as in DeepSpeed's own default. No parameter is kept whole between
+    steps: those would be gathered one by one after every update, while the others come in a few large gathers.
+    """
+    bucket = min(elements, 2**26)
+    return base_settings(world, learner) | {
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_scatter": True,
+            # reduce-scatter lays the gradients out anew anyway; a contiguous copy before it would only cost time
+            "contiguous_gradients": False,
+            "reduce_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 2**30,
+            "stage3_max_reuse_distance": 2**30,
+            # the optimizer casts one sub-group's gradients at a time: 128 Mi elements bound that copy to 512 MiB
+            "sub_group_size": 2**27,
+        }
+    }
