@@ -358,11 +358,11 @@ async def test_a_service_that_fails_is_never_a_tie(
 
 async def test_waiting_in_line_is_no_part_of_a_time_limit(start: Callable[..., Any], service: HttpService) -> None:
     async def slow(request: Request) -> Reply:
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.1)
         return longer(request)
 
     service.handler = slow
-    worker = await start({"timeout_s": 0.01, "retries": 0}, max_concurrent=1, timeout_s=1, retries=0)
+    worker = await start({"timeout_s": 0.01, "retries": 0}, max_concurrent=1, timeout_s=2, retries=0)
     answers = [f"a longer answer {number}" for number in range(12)]
     assert set(await rewards(worker, *answers)) == {1.0}
     assert service.most_at_once == 1
