@@ -97,11 +97,9 @@ class Rewards:
         return await self.fleet.run(lambda worker: worker.score(group))
 
     async def counts(self) -> dict[str, float]:
-        """Failed tries and undecided answers of all living workers since they started, by metric name."""
+        """What all living workers have counted since they started, by metric name."""
         found = await self.fleet.everywhere(lambda worker: worker.counts())
-        if not found:
-            return {}
-        return {f"reward_calls/{name}": float(sum(one[name] for one in found)) for name in ("retries", "undecided")}
+        return {f"reward_calls/{name}": float(sum(one[name] for one in found)) for name in (found[0] if found else ())}
 
     async def _spawn(self, number: int) -> RemoteReward:
         worker = self._cluster.reward(number)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from configs.objectives import Section
+
+
+def _variable_name(name: str) -> str:
+    # A ValueError of ours is shown without the value, which may be a key that somebody pasted here.
+    if not re.fullmatch(r"[A-Za-z_]\w*", name, flags=re.ASCII):
+        raise ValueError("this is no name of an environment variable; export the key under a name and give that name")
+    return name
+
+
+VariableName = Annotated[str, AfterValidator(_variable_name)]
 
 
 class RewardBase(Section):
@@ -70,8 +81,72 @@ class FunctionReward(RewardBase):
     """The function finds them as `call.options`."""
 
 
+class JudgeReward(RewardBase):
+    """1, 0 or -1 where a judge finds the answer better than, as good as or worse than the reference answer."""
+
+    kind: Literal["judge"]
+    base_url: str = Field(min_length=1)
+    """Of an OpenAI-compatible service, up to and without '/chat/completions', e.g. http://127.0.0.1:8000/v1."""
+    model: str = Field(min_length=1)
+    """The judge, by the name that the service knows it by."""
+    api_key_env: VariableName | None = None
+    """Name of the environment variable with the key, in the reward workers' environment; null sends no key."""
+    criterion: Literal["helpfulness", "harmlessness", "custom"] = "helpfulness"
+    """What makes an answer better; 'custom' takes it from criterion_text."""
+    criterion_text: str | None = Field(default=None, min_length=1)
+    """Your own criterion, a sentence or more."""
+    both_orders: bool = True
+    """Ask twice, with the texts exchanged; a contradiction is a tie. False asks once, in an order drawn by hash."""
+    max_tokens: int = Field(default=16, ge=1)
+    """Longest answer of the judge; a judge that thinks first needs thousands."""
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    """Of the judge; at 0 it gives the same verdict each time, as far as the service can."""
+    constrain: bool = False
+    """Have a vLLM server allow the judge nothing but the three verdicts (structured_outputs)."""
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of every request, over our own; null leaves a field out."""
+    unreadable: Literal["error", "tie", "loss"] = "error"
+    """After the last try without a readable verdict: end the run, or count the pair as 0 or as -1."""
+    timeout_s: float = Field(default=60, gt=0)
+    """Longest time of one request; reward.timeout_s does not apply, since a group's requests wait for their turn."""
+    retries: int = Field(default=6, ge=0)
+    """Further tries of one request; reward.retries does not apply. Then the run stops with an error."""
+    backoff_s: float = Field(default=1.0, gt=0)
+    """Before further try n wait a random time of up to this times 2**(n - 1), and at most 60 s."""
+    requests_per_minute: float | None = Field(default=None, gt=0)
+    """Of all reward workers together, evenly spaced; null sends as fast as max_concurrent allows."""
+    max_concurrent: int = Field(default=16, ge=1)
+    """Requests in flight from one reward worker."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> JudgeReward:
+        if (self.criterion == "custom") != (self.criterion_text is not None):
+            raise ValueError("criterion: custom and criterion_text go together; set both or neither")
+        ours = next((name for name in ("model", "messages", "stream", "n") if name in self.extra_body), None)
+        if ours is not None:
+            raise ValueError(f"extra_body must not set '{ours}'; remove it")
+        return self
+
+
+class RemoteReward(RewardBase):
+    """The scores that an HTTP service gives; see docs/rewards.md for what it gets and returns."""
+
+    kind: Literal["remote"]
+    url: str = Field(min_length=1)
+    """Where to POST."""
+    api_key_env: VariableName | None = None
+    """Name of the environment variable with a key to send as 'Authorization: Bearer'; null sends none."""
+
+
 AnyReward = Annotated[
-    ExactReward | NumericReward | RegexReward | LengthReward | ReasoningGymReward | FunctionReward,
+    ExactReward
+    | NumericReward
+    | RegexReward
+    | LengthReward
+    | ReasoningGymReward
+    | FunctionReward
+    | JudgeReward
+    | RemoteReward,
     Field(discriminator="kind"),
 ]
 
@@ -82,9 +157,10 @@ class RewardConfig(Section):
     workers: int = Field(default=1, ge=1)
     """Number of reward workers."""
     timeout_s: float = Field(default=60, gt=0)
-    """Longest time of one call of one reward."""
+    """Longest time of one call of one reward; a judge has its own, for each request."""
     retries: int = Field(default=2, ge=0)
-    """Further tries after a failed call, with back-off; then the run stops with an error that names the reward."""
+    """Further tries after a failed call, with back-off; then the run stops with an error that names the reward. A judge
+    has its own, for each request."""
     max_concurrent: int = Field(default=64, ge=1)
     """Calls in flight in one worker."""
 

@@ -10,17 +10,22 @@ from configs.rewards import (
     AnyReward,
     ExactReward,
     FunctionReward,
+    JudgeReward,
     LengthReward,
     NumericReward,
     ReasoningGymReward,
     RegexReward,
+    RemoteReward,
     RewardConfig,
 )
 from reward import rules, verified
 from reward.errors import RewardError
 from reward.function import UserReward, load_function
 from reward.interface import Reward
+from reward.judge import Judge
+from reward.remote import RemoteScores
 from reward.scorer import Counts
+from reward.service import check_url, read_key
 from reward.verified import VerifiedReward
 
 
@@ -39,6 +44,11 @@ def check_rewards(config: RewardConfig) -> None:
                 _check_package("math_verify", "math-verify", field, reward.kind)
             case ReasoningGymReward():
                 _check_package("reasoning_gym", "reasoning-gym", field, reward.kind)
+            case JudgeReward():
+                _check_judge(reward, field)
+            case RemoteReward():
+                check_url(reward.url, f"{field}.url")
+                read_key(reward.api_key_env, f"{field}.api_key_env")
             case ExactReward() | LengthReward():
                 pass  # the schema says it all
 
@@ -50,6 +60,7 @@ def build_rewards(config: RewardConfig, counts: Counts) -> tuple[Reward, ...]:
 
 def _build(reward: AnyReward, index: int, config: RewardConfig, counts: Counts) -> Reward:
     label, places, limit = reward.label, config.max_concurrent, config.timeout_s
+    field = f"reward.rewards[{index}]"
     match reward:
         case ExactReward():
             return rules.RuleReward(label, rules.exact(reward), places)
@@ -62,8 +73,11 @@ def _build(reward: AnyReward, index: int, config: RewardConfig, counts: Counts) 
         case ReasoningGymReward():
             return VerifiedReward(label, reward.kind, verified.reasoning_gym, limit, counts)
         case FunctionReward():
-            function = load_function(reward.path, f"reward.rewards[{index}].path")
-            return UserReward(label, function, reward.options, places)
+            return UserReward(label, load_function(reward.path, f"{field}.path"), reward.options, places)
+        case JudgeReward():
+            return Judge(label, reward, field, config, counts)
+        case RemoteReward():
+            return RemoteScores(label, reward, field, places)
 
 
 def _check_pattern(pattern: str, field: str) -> None:
@@ -71,6 +85,13 @@ def _check_pattern(pattern: str, field: str) -> None:
         re.compile(pattern, flags=re.DOTALL)
     except re.error as error:
         raise RewardError(f"{field} {pattern!r} is no regular expression: {error}") from error
+
+
+def _check_judge(judge: JudgeReward, field: str) -> None:
+    check_url(judge.base_url, f"{field}.base_url")
+    if "?" in judge.base_url or judge.base_url.rstrip("/").endswith("/completions"):
+        raise RewardError(f"{field}.base_url '{judge.base_url}' must end before '/chat/completions', as in .../v1")
+    read_key(judge.api_key_env, f"{field}.api_key_env")
 
 
 def _check_package(module: str, package: str, field: str, kind: str) -> None:

@@ -26,6 +26,8 @@ class FailedFunction(Exception):
 class UserReward:
     """A reward of the user's."""
 
+    timed = True
+
     def __init__(self, label: str, function: RewardFunction, options: Mapping[str, Any], places: int) -> None:
         self.label = label
         self.places = places

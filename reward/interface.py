@@ -74,6 +74,10 @@ class Reward(Protocol):
     def places(self) -> int:
         """Calls that it can serve at the same time; further ones wait, and waiting is not part of the time limit."""
 
+    @property
+    def timed(self) -> bool:
+        """Whether reward.timeout_s is the limit of a call. False where the reward limits the parts of a call itself."""
+
     async def start(self) -> None:
         """Bring up what a call needs. Called before every call; returns at once where it is up. Not timed."""
 

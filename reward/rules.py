@@ -14,6 +14,8 @@ Rule = Callable[[Prompt, Answer], float]
 class RuleReward:
     """A pure function of one answer."""
 
+    timed = True
+
     def __init__(self, label: str, rule: Rule, places: int) -> None:
         self.label = label
         self.places = places

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from configs.rewards import RewardConfig
 from reward.calls import within
-from reward.errors import NotRetryable, RewardError, one_line
+from reward.errors import GaveUp, NotRetryable, RewardError, one_line
 from reward.interface import Answer, Reward
+from reward.tries import tries
 from rollout.types import Prompt
 
 BACKOFF_S = 0.2
@@ -35,9 +35,18 @@ class Counts:
     retries: int = 0
     """Further tries after a failed call."""
     undecided: int = 0
-    """Answers of the policy on which a verifier ran out of time or broke; each counts as not verified."""
+    """Answers of the policy on which a verifier ran out of time or broke, each counted as not verified, or for which a
+    judge gave no readable verdict, each scored as the judge's `unreadable` says."""
     references_computed: int = 0
     """r(q, y) computed, by reward and prompt."""
+    judge_requests: int = 0
+    """Requests to judges, further tries included."""
+    judge_retries: int = 0
+    """Further tries of a request to a judge."""
+    judge_unreadable: int = 0
+    """Answers of judges that were no verdict."""
+    judge_contradictions: int = 0
+    """Pairs on which a judge's two verdicts, with the texts exchanged, differed; each counts as a tie."""
 
 
 class Scorer:
@@ -55,21 +64,23 @@ class Scorer:
 
         Raises RewardError when the last try has failed, or at once where another try cannot help.
         """
-        tries = 0
-        retrying = AsyncRetrying(
-            stop=stop_after_attempt(self._config.retries + 1),
-            wait=wait_random_exponential(multiplier=BACKOFF_S, max=LONGEST_BACKOFF_S),
-            retry=retry_if_exception(lambda error: isinstance(error, Exception) and not _is_final(error)),
-            before_sleep=lambda state: self._note_retry(prompt, state),
-            reraise=True,
+        done = 0
+        attempts = tries(
+            self._config.retries,
+            BACKOFF_S,
+            LONGEST_BACKOFF_S,
+            helps=lambda error: isinstance(error, Exception) and not _is_final(error),
+            note=lambda cause: self._note_retry(prompt, cause),
         )
         try:
-            async for attempt in retrying:
+            async for attempt in attempts:
                 with attempt:
-                    tries += 1
+                    done += 1
                     return await self._try(prompt, answers)
         except Exception as error:
-            times = "1 try" if tries == 1 else f"{tries} tries"
+            if isinstance(error, GaveUp):
+                done = error.tries
+            times = "1 try" if done == 1 else f"{done} tries"
             raise RewardError(
                 f"reward '{self.reward.label}' failed on prompt '{prompt.id}' after {times}: {one_line(error)}"
             ) from error
@@ -79,17 +90,20 @@ class Scorer:
         async with self._places, self._slots:
             self._counts.calls += 1
             await self.reward.start()
-            try:
-                returned = await within(self._config.timeout_s, self.reward.score(prompt, answers))
-            except TimeoutError as error:
-                raise TimeoutError(f"{error} (reward.timeout_s)") from error
+            returned = await self._call(prompt, answers)
         return validated(returned, len(answers))
 
-    def _note_retry(self, prompt: Prompt, state: RetryCallState) -> None:
+    async def _call(self, prompt: Prompt, answers: Sequence[Answer]) -> Sequence[float]:
+        if not self.reward.timed:
+            return await self.reward.score(prompt, answers)
+        try:
+            return await within(self._config.timeout_s, self.reward.score(prompt, answers))
+        except TimeoutError as error:
+            raise TimeoutError(f"{error} (reward.timeout_s)") from error
+
+    def _note_retry(self, prompt: Prompt, cause: str) -> None:
         self._counts.retries += 1
-        cause = state.outcome.exception() if state.outcome is not None else None
-        said = one_line(cause) if cause is not None else "no cause"
-        _log.warning("reward '%s' is tried again on prompt '%s': %s", self.reward.label, prompt.id, said)
+        _log.warning("reward '%s' is tried again on prompt '%s': %s", self.reward.label, prompt.id, cause)
 
 
 def _is_final(error: BaseException) -> bool:

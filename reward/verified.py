@@ -90,6 +90,7 @@ class VerifiedReward:
     """
 
     places = 1
+    timed = True
 
     def __init__(self, label: str, kind: Kind, question: Question, timeout_s: float, counts: Counts) -> None:
         self.label = label

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from configs.rewards import RewardConfig
+from configs.rewards import JudgeReward, RewardConfig
 from reward.cache import SharedResults
 from reward.calls import together
 from reward.compose import build_rewards, check_rewards
@@ -68,8 +68,10 @@ class RewardWorker:
         )
 
     async def counts(self) -> dict[str, int]:
-        """Calls, retries and the like since the start; see reward/scorer.py."""
-        return dataclasses.asdict(self._counts)
+        """Calls, retries and the like since the start; see reward/scorer.py. A judge's only where there is one."""
+        judged = any(isinstance(reward, JudgeReward) for reward in self._config.rewards)
+        counts: dict[str, int] = dataclasses.asdict(self._counts)
+        return {name: count for name, count in counts.items() if judged or not name.startswith("judge_")}
 
     async def close(self) -> None:
         """End the verifiers' processes and what still runs."""

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from configs.rewards import RewardConfig
-from rollout.types import Finish, Group, Prompt, Sample
+from rollout.types import Finish, Group, Prompt, Sample, Turn
 
 
 def prompt(reference: str = "5", *, id: str = "train-7", extra: Mapping[str, Any] | None = None) -> Prompt:
     return Prompt(
-        messages=(),
+        messages=(Turn(role="user", content="2+3="),),
         id=id,
         token_ids=(1, 9, 4),
         text="2+3=",
