@@ -28,13 +28,23 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. Exits with 0, 1 (one line of error on standard error) or 130 (interrupted)."""
     sys.path.insert(0, os.getcwd())  # reward functions lie beside the config, also under the installed command
-    options = _parser().parse_args(arguments)
+    options = _options(_parser(), arguments)
     try:
         command: Callable[[argparse.Namespace], None] = options.command
         command(options)
     except KeyboardInterrupt:
         print("interrupted; everything that the run started has ended", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _options(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed command line; overrides may also stand behind options, where argparse leaves them over."""
+    options, left = parser.parse_known_args(arguments)
+    if left and ("overrides" not in options or any(one.startswith("-") for one in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        options.overrides = [*options.overrides, *left]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
