@@ -129,6 +129,14 @@ class PolicyPasses:
             results += row_results(batch, values, begin, self._weighed(batch, values.logprobs, begin))
         return results
 
+    def values(self, batches: Sequence[MicroBatch]) -> list[RowResult]:
+        """Results beside the start model's, whatever the objective makes of them; without gradients."""
+        results: list[RowResult] = []
+        outputs = self._engine.model.values(batches, *self._settings.arguments)
+        for batch, output, begin in zip(batches, outputs, self._start(batches, asked=True), strict=True):
+            results += row_results(batch, _values(output), begin, None)
+        return results
+
     def _weighed(self, batch: MicroBatch, logprobs: Floats, start: Values | None) -> Weighed | None:
         """None for a linear objective."""
         if self._objective.weigh is None:

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 __all__ = ["LearnerError", "LearnerRank"]
 
 
+def _prompts(groups: Sequence[ScoredGroup]) -> list[tuple[int, ...]]:
+    return [scored.group.prompt.token_ids for scored in groups]
+
+
 class LearnerRank:
     """Collective: every rank gets the same calls with the same arguments, in the same order."""
 
@@ -89,7 +93,7 @@ class LearnerRank:
         """
         begun = time.perf_counter()
         rows = self._objective.rows(groups)
-        prompts = [scored.group.prompt.token_ids for scored in groups]
+        prompts = _prompts(groups)
         batches = self._plan(rows, prompts)
         seconds = {"pack": time.perf_counter() - begun, "forward_backward": 0.0, "optimizer": 0.0}
         results, critic, norm = self._updates(step, batches, rows, groups, seconds) if rows else ((), None, 0.0)
@@ -108,8 +112,23 @@ class LearnerRank:
 
     def measure(self, groups: Sequence[ScoredGroup]) -> tuple[RowResult, ...]:
         """What the objective says of groups that are not trained on: this rank's share of their rows; no gradients."""
-        batches = self._plan(self._objective.rows(groups), [scored.group.prompt.token_ids for scored in groups])
+        batches = self._plan(self._objective.rows(groups), _prompts(groups))
         return tuple(self._passes().measure(batches, self._learner.objective.needs_start_model))
+
+    def log_ratios(self, groups: Sequence[ScoredGroup]) -> tuple[tuple[int, float], ...]:
+        """(number, log-probability less the start model's at temperature 1) of this rank's share of the samples.
+
+        Samples are numbered group by group. Needs learner.keeps_start_model.
+        """
+        rows = [
+            Row(group=index, kind="sample", token_ids=sample.token_ids, logprobs=None, weight=0.0)
+            for index, scored in enumerate(groups)
+            for sample in scored.group.samples
+        ]
+        batches = plan(rows, _prompts(groups), self._world, self._learner.tokens_per_micro_batch)[self._rank]
+        at_one = Settings(loss_temperature=1.0, rollout_temperature=1.0, head_chunk=self._learner.head_chunk)
+        passes = PolicyPasses(self._engine, self._objective, at_one)
+        return tuple((result.row, result.log_ratio_sum) for result in passes.values(batches))
 
     def _plan(self, rows: Sequence[Row], prompts: Sequence[tuple[int, ...]]) -> Sequence[MicroBatch]:
         """This rank's micro-batches; none where there are no rows at all."""

@@ -17,21 +17,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cluster.metrics import (
-    MetricsError,
-    MetricsWriter,
-    cut_after,
-    evaluation_record,
-    objective_record,
-    sample_record,
-    step_report,
-)
+from cluster.heldout import evaluation_record
+from cluster.metrics import MetricsError, MetricsWriter, cut_after, sample_record, step_report
 from cluster.run_folder import RunFolder
-from configs.objectives import AnyObjective, DpoObjective, GraoObjective, GrpoObjective
+from configs.objectives import (
+    AnyObjective,
+    DpoObjective,
+    GraoObjective,
+    GrpoObjective,
+    PpoObjective,
+    RewardModelObjective,
+)
 from learner.objectives.build import build_objective
 from learner.objectives.dpo import Dpo
 from learner.objectives.grao import Grao
-from learner.types import RankReport, RowResult, StepReport
+from learner.types import CriticReport, CriticRow, RankReport, RowResult, StepReport
 from reward.types import Breakdown, ScoredGroup
 from rollout.types import Group, Prompt, Sample
 from tests.learner_cases import row_result
@@ -351,7 +351,7 @@ def test_any_text_is_one_line_that_comes_back(tmp_path_factory: pytest.TempPathF
     assert [answer["text"] for answer in line["answers"]] == [text, text]
 
 
-def test_an_evaluation_has_its_measures_and_the_rewards_by_prompt(tmp_path: Path) -> None:
+def test_an_evaluation_is_one_line_and_its_measures_are_in_tensorboard(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     writer = MetricsWriter(folder)
     groups = [scored(0, (1.0,), 1.0), scored(1, (0.0,), 1.0), scored(2, (2.0,), 1.0), scored(3, (0.5,), 1.0)]
@@ -407,10 +407,50 @@ OFFLINE = [
 ]
 
 
-def of_another(groups: Sequence[ScoredGroup], objective: AnyObjective) -> StepReport:
+CRITIC = CriticReport(
+    rows=tuple(
+        CriticRow(
+            row=row,
+            tokens=2,
+            loss_sum=3.0,
+            error_sum=float(row),
+            error_square_sum=float(row * row),
+            return_sum=2.0 * row,
+            return_square_sum=4.0 * row * row,
+            advantage_size_sum=1.0,
+            clipped=0.0,
+        )
+        for row in range(3)
+    ),
+    grad_norm=1.5,
+)
+"""Three rows of two tokens; errors by token 0, 0.5 and 1 (times two), returns twice that."""
+
+
+def of_another(
+    groups: Sequence[ScoredGroup], objective: AnyObjective, critic: CriticReport | None = None, **fields: float
+) -> StepReport:
     method = build_objective(objective)
-    results = [row_result(row, gain=0.5, penalty=0.25) for row in range(len(method.rows(groups)))]
-    return step_report(5, groups, [rank(0, results)], method, {})
+    results = [row_result(row, gain=0.5, penalty=0.25, **fields) for row in range(len(method.rows(groups)))]
+    return step_report(5, groups, [replace(rank(0, results), critic=critic)], method, {})
+
+
+def test_what_the_critic_says_is_a_mean_over_tokens() -> None:
+    found = of_another(GROUPS, PpoObjective(name="ppo"), critic=CRITIC).metrics
+    assert found["critic/loss"] == 1.5
+    assert found["critic/bias"] == 0.5
+    assert found["critic/return_mean"] == 1.0
+    # variances over 6 tokens: errors 5/6 - 0.25, returns 20/6 - 1
+    assert found["critic/explained_variance"] == pytest.approx(1 - (5 / 6 - 0.25) / (20 / 6 - 1))
+    assert found["critic/grad_norm"] == 1.5
+    assert "advantage/abs_mean" not in found
+
+
+def test_a_reward_model_has_scores_and_no_log_probabilities() -> None:
+    found = of_another(OFFLINE, RewardModelObjective(name="reward_model"), mean_logprob=math.nan, score=2.0).metrics
+    assert found["score/mean"] == 2.0
+    assert found["preference/accuracy"] == 0.5  # all pairs tie
+    assert not any(name.startswith("logprob/") for name in found)
 
 
 def test_a_step_without_samples_has_no_numbers_of_samples() -> None:
@@ -431,8 +471,14 @@ def test_every_metric_is_documented_and_every_documented_one_exists() -> None:
     made |= {re.sub(r"/(exact|length)/(mean|reference_mean)", r"/NAME/\2", name) for name in report.metrics}
     made |= set(of_another(GROUPS, GrpoObjective(name="grpo")).metrics)
     made |= set(of_another(OFFLINE, DpoObjective(name="dpo")).metrics)
-    judged = objective_record(5, OFFLINE, Dpo(DpoObjective(name="dpo")), {row: row_result(row) for row in range(4)})
-    made |= set(judged["metrics"])
+    made |= set(
+        of_another(OFFLINE, RewardModelObjective(name="reward_model"), mean_logprob=math.nan, score=1.0).metrics
+    )
+    made |= set(of_another(GROUPS, PpoObjective(name="ppo"), critic=CRITIC).metrics)
+    judged = Dpo(DpoObjective(name="dpo")), {row: row_result(row) for row in range(4)}
+    made |= set(evaluation_record(5, OFFLINE, judged=judged)["metrics"])
+    start = {group.group.prompt.id: group.rewards for group in GROUPS}
+    made |= set(evaluation_record(5, GROUPS, start, [[0.0] * 4] * 3)["metrics"])
     made = {re.sub(r"/(exact|length)/(mean|reference_mean)", r"/NAME/\2", name) for name in made}
     assert {name for name in documented if not name.startswith(("seconds/", "reward_calls/"))} == made
     assert {f"seconds/{phase}" for phase in report.seconds} <= documented
