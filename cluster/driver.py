@@ -16,9 +16,9 @@ import math
 import time
 from collections.abc import Iterator
 
-from cluster.evaluate import held_out_sampling
+from cluster.heldout import heldout_sampling
 from cluster.queue import check_staleness
-from cluster.run import Run
+from cluster.run import Run, answer
 from cluster.run_state import RunState
 from reward.types import ScoredGroup
 from rollout.types import Group, Prompt, Sampling
@@ -42,9 +42,12 @@ async def train(run: Run) -> None:
             with clock.phase("train"):
                 reports = await run.learner.train_step(state.step + 1, groups)
             state = state.after(ticket for ticket, _ in taken)
-            with clock.phase("sync"):
-                await run.make_live(state.step)
-            if run.is_due(run.config.run.evaluate_every, state.step) or state.step == learner.steps:
+            evaluates = run.is_due(run.config.run.evaluate_every, state.step) or state.step == learner.steps
+            if learner.objective.online or evaluates:
+                with clock.phase("sync"):
+                    phases = await run.make_live(state.step)
+                clock.seconds |= {f"sync_{phase}": seconds for phase, seconds in phases.items()}
+            if evaluates:
                 with clock.phase("evaluate"):
                     await evaluate(run, state.step)
             await run.queue.release(len(groups))
@@ -92,18 +95,18 @@ def without_samples(prompt: Prompt) -> ScoredGroup:
 async def evaluate(run: Run, step: int) -> None:
     """Answer the held-out prompts, score and record them. Does nothing for a run without held-out prompts.
 
-    Where the objective needs no samples, measure that objective on the held-out prompts instead.
+    An objective without samples is itself measured on them, and they are answered only where the config asks for it.
     """
     if not run.prompts.heldout:
         return
-    if not run.config.learner.objective.online:
+    config = run.config
+    if config.needs_samples:
+        groups = await answer(run.rollouts, run.rewards, run.prompts.heldout, heldout_sampling(config))
+    else:
         groups = [without_samples(prompt) for prompt in run.prompts.heldout]
-        run.log_evaluation(step, groups, await run.learner.measure(groups))
-        return
-    sampling = held_out_sampling(run.config)
-    async with asyncio.TaskGroup() as tasks:
-        scored = [tasks.create_task(sample_and_score(run, prompt, sampling)) for prompt in run.prompts.heldout]
-    run.log_evaluation(step, [task.result() for task in scored])
+    judged = None if config.learner.objective.online else await run.learner.measure(groups)
+    compares = config.needs_samples and config.learner.keeps_start_model
+    run.log_evaluation(step, groups, judged, await run.learner.log_ratios(groups) if compares else None)
 
 
 async def save(run: Run, state: RunState) -> None:

@@ -16,19 +16,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cluster.estimates import Estimate, estimate
+from cluster.estimates import Estimate
 from cluster.files import write_whole
+from cluster.heldout import by_prompt, estimates, heldout_sampling
 from cluster.placement import Cluster
 from cluster.preflight import check_folder, check_model
-from cluster.run import Rewards, Rollouts
+from cluster.run import Rewards, Rollouts, answer
 from cluster.signals import cancel_on_signals
 from configs.load import ConfigError
 from configs.schema import Config
-from reward.metrics import nag_by_prompt, rates
 from reward.types import ScoredGroup
 from reward.worker import check_rewards
 from rollout.prompts import PromptSet, load_prompts
-from rollout.types import Prompt, Sampling
+from rollout.types import Prompt
 
 ROWS = {
     "reward/mean": "mean reward",
@@ -57,18 +57,6 @@ class Answered:
     """By prompt: the model's own, at temperature 1."""
     start_logprobs: tuple[LogProbs, ...]
     """The same answers under the start model."""
-
-
-def held_out_sampling(config: Config) -> Sampling:
-    """How held-out prompts are answered, in training and here."""
-    return Sampling(
-        samples=config.evaluation.samples,
-        temperature=config.evaluation.temperature,
-        top_p=1.0,
-        max_new_tokens=config.rollout.max_new_tokens,
-        stop=config.rollout.stop,
-        seed=config.run.seed,
-    )
 
 
 async def evaluate_models(config: Config, models: Sequence[str], out: Path) -> None:
@@ -116,7 +104,7 @@ def _check(config: Config, models: Sequence[str]) -> list[Prompt]:
         raise ConfigError(f"model '{double}' is given twice; name every model once, the start model as model.path")
     found: PromptSet | None = None
     for path in (*models, config.model.path):
-        tokenizer = check_model(with_model(config, path), room=1)
+        tokenizer = check_model(config.with_model(path), room=1)
         prompts = load_prompts(config.data, tokenizer, config.run.seed)
         if found is not None and prompts.heldout != found.heldout:
             raise ConfigError(f"model '{path}' turns the prompts into other tokens than '{models[0]}'; compare apart")
@@ -134,12 +122,12 @@ async def _answer_all(
     made: list[tuple[str, list[ScoredGroup], list[LogProbs]]] = []
     for path in models:
         console.print(f"{path}: {len(prompts)} prompts", markup=False, soft_wrap=True)
-        async with _engines(cluster, with_model(config, path)) as rollouts:
-            groups = await _answer(rollouts, rewards, prompts, held_out_sampling(config))
+        async with _engines(cluster, config.with_model(path)) as rollouts:
+            groups = await answer(rollouts, rewards, prompts, heldout_sampling(config))
             made.append((path, groups, await _logprobs(rollouts, groups)))
     console.print(f"{config.model.path} (start): {len(prompts)} prompts", markup=False, soft_wrap=True)
     async with _engines(cluster, config) as rollouts:
-        groups = await _answer(rollouts, rewards, prompts, held_out_sampling(config))
+        groups = await answer(rollouts, rewards, prompts, heldout_sampling(config))
         made.append((config.model.path, groups, await _logprobs(rollouts, groups)))
         under_start = [await _logprobs(rollouts, groups) for _, groups, _ in made]
     return [
@@ -158,17 +146,6 @@ async def _engines(cluster: Cluster, config: Config) -> AsyncIterator[Rollouts]:
         await rollouts.fleet.close()
 
 
-async def _answer(
-    rollouts: Rollouts, rewards: Rewards, prompts: Sequence[Prompt], sampling: Sampling
-) -> list[ScoredGroup]:
-    async def one(prompt: Prompt) -> ScoredGroup:
-        return await rewards.score(await rollouts.generate(prompt, sampling))
-
-    async with asyncio.TaskGroup() as tasks:
-        found = [tasks.create_task(one(prompt)) for prompt in prompts]
-    return [task.result() for task in found]
-
-
 async def _logprobs(rollouts: Rollouts, groups: Sequence[ScoredGroup]) -> list[LogProbs]:
     async def one(scored: ScoredGroup) -> LogProbs:
         answers = [sample.token_ids for sample in scored.group.samples]
@@ -179,40 +156,14 @@ async def _logprobs(rollouts: Rollouts, groups: Sequence[ScoredGroup]) -> list[L
     return [task.result() for task in found]
 
 
-def with_model(config: Config, path: str) -> Config:
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
-
-
 def summary(answered: Answered, start: Answered | None) -> dict[str, Estimate]:
     """Every number of one model with its interval over prompts; `start` is None for the start model itself."""
-    groups = answered.groups
-    samples = [scored.group.samples for scored in groups]
-    against = [rates(scored.rewards, [scored.reference_reward] * len(scored.rewards)) for scored in groups]
-    by_prompt: dict[str, list[float]] = {
-        "reward/mean": [mean(scored.rewards) for scored in groups],
-        "reference/win": [found.win for found in against],
-        "reference/tie": [found.tie for found in against],
-        "reference/loss": [found.loss for found in against],
-        "length/mean": [mean([len(sample.token_ids) for sample in each]) for each in samples],
-        "length/truncated": [mean([sample.finish == "length" for sample in each]) for each in samples],
-    }
-    if start is not None:
-        gains = nag_by_prompt(groups, start.groups)
-        by_prompt["nag/rate"] = [rate for rate, _ in gains]
-        by_prompt["nag/net"] = [net for _, net in gains]
-        pairs = zip(answered.logprobs, answered.start_logprobs, strict=True)
-        by_prompt["kl/mean"] = [_log_ratio(own, other) for own, other in pairs]
-    return {name: estimate(by_prompt[name]) for name in ROWS if name in by_prompt}
-
-
-def _log_ratio(own: LogProbs, start: LogProbs) -> float:
-    """Mean over the tokens of all answers to a prompt of log p - log p_start."""
-    differences = [a - b for one, other in zip(own, start, strict=True) for a, b in zip(one, other, strict=True)]
-    return mean(differences)
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    if start is None:
+        return estimates(by_prompt(answered.groups))
+    before = {scored.group.prompt.id: scored.rewards for scored in start.groups}
+    pairs = zip(answered.logprobs, answered.start_logprobs, strict=True)
+    log_ratios = [[sum(a) - sum(b) for a, b in zip(own, other, strict=True)] for own, other in pairs]
+    return estimates(by_prompt(answered.groups, before, log_ratios))
 
 
 def record(answered: Answered, index: int) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -59,6 +60,14 @@ class LearnerGroup:
         shared = share(groups)
         parts = await self._all([rank.measure(shared) for rank in self._ranks])
         return {result.row: result for part in parts for result in part}
+
+    async def log_ratios(self, groups: Sequence[ScoredGroup]) -> list[list[float]]:
+        """By group, of each sample: its log-probability less the start model's. Needs learner.keeps_start_model."""
+        shared = share(groups)
+        parts = await self._all([rank.log_ratios(shared) for rank in self._ranks])
+        found = [value for _, value in sorted(pair for part in parts for pair in part)]
+        ends = itertools.accumulate(len(scored.group.samples) for scored in groups)
+        return [found[end - len(scored.group.samples) : end] for scored, end in zip(groups, ends, strict=True)]
 
     async def publish(self, version: int) -> Parameters:
         """Stage the parameters as `version`; the answer says where their pieces lie."""

@@ -21,8 +21,10 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from configs.load import ConfigError, load, parse, read_yaml, resolved
-from configs.schema import Config
+from omegaconf import DictConfig
+
+from configs.load import ConfigError, parse, read_yaml, resolved
+from configs.stages import is_staged, parse_stages, without_stages
 
 INTERRUPTED = 130
 
@@ -30,13 +32,23 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. Exits with 0, 1 (one line of error on standard error) or 130 (interrupted)."""
     sys.path.insert(0, os.getcwd())  # reward functions lie beside the config, also under the installed command
-    options = _parser().parse_args(arguments)
+    options = _options(_parser(), arguments)
     try:
         command: Callable[[argparse.Namespace], None] = options.command
         command(options)
     except KeyboardInterrupt:
         print("interrupted; everything that the run started has ended", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _options(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed command line; overrides may also stand behind options, where argparse leaves them over."""
+    options, left = parser.parse_known_args(arguments)
+    if left and ("overrides" not in options or any(one.startswith("-") for one in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        options.overrides = [*options.overrides, *left]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,7 +87,7 @@ def _add_compare(sub: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    _guarded(lambda: _start(load(options.config, options.overrides), resume=False))
+    _guarded(lambda: _start(read_yaml(options.config), options.overrides, options.config, resume=False))
 
 
 def _resume(options: argparse.Namespace) -> None:
@@ -85,7 +97,7 @@ def _resume(options: argparse.Namespace) -> None:
             raise ConfigError(f"'{options.folder}' holds no run (no config.yaml); give the run.folder of a run")
         tree = read_yaml(stored)
         tree.run.folder = str(options.folder)  # the folder may have been moved
-        _start(parse(tree, options.overrides, source=str(stored)), resume=True)
+        _start(tree, options.overrides, str(stored), resume=True)
 
     _guarded(go)
 
@@ -93,14 +105,23 @@ def _resume(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     def go() -> None:
         from cluster.session import preflight
+        from cluster.stages import check_stages
 
-        config = load(options.config, options.overrides)
-        prompts = preflight(config)
-        print(resolved(config), end="")
-        print(
-            f"# ok: {len(prompts.train)} training and {len(prompts.heldout)} held-out prompts, "
-            f"{len(prompts.skipped)} bad rows skipped"
-        )
+        tree = read_yaml(options.config)
+        if is_staged(tree):
+            staged = parse_stages(tree, options.overrides, options.config)
+            found = zip([f"stage {stage.folder}, " for stage in staged.stages], check_stages(staged), strict=True)
+            text = staged.text
+        else:
+            config = parse(tree, options.overrides, options.config)
+            found = zip([""], [preflight(config)], strict=True)
+            text = resolved(config)
+        print(text, end="")
+        for which, prompts in found:
+            print(
+                f"# ok: {which}{len(prompts.train)} training and {len(prompts.heldout)} held-out prompts, "
+                f"{len(prompts.skipped)} bad rows skipped"
+            )
 
     _guarded(go)
 
@@ -109,7 +130,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     def go() -> None:
         from cluster.evaluate import evaluate_models
 
-        config = load(options.config, options.overrides)
+        config = parse(without_stages(read_yaml(options.config)), options.overrides, options.config)
         models = [str(Path(path).resolve()) if Path(path).exists() else path for path in options.model]
         _until_interrupted(evaluate_models(config, models, Path(options.out).resolve()))
 
@@ -141,10 +162,14 @@ def _prepare(options: argparse.Namespace) -> None:
     _guarded(lambda: print(prepare(Path(options.folder))))
 
 
-def _start(config: Config, resume: bool) -> None:
+def _start(tree: DictConfig, overrides: Sequence[str], source: str, resume: bool) -> None:
     from cluster.session import run_session
+    from cluster.stages import run_stages
 
-    _until_interrupted(run_session(config, resume))
+    if is_staged(tree):
+        _until_interrupted(run_stages(parse_stages(tree, overrides, source), resume))
+    else:
+        _until_interrupted(run_session(parse(tree, overrides, source), resume))
 
 
 def _until_interrupted(work: Coroutine[Any, Any, None]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from learner.objectives.interface import Objective
 from learner.types import RankReport, Row, RowResult
+from reward.metrics import against_references
 from reward.types import ScoredGroup
 
 
@@ -36,14 +37,8 @@ def rewards(groups: Sequence[ScoredGroup]) -> dict[str, float]:
 
 def against_reference(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     """Shares of samples whose reward is above, equal to and below that of their reference answer."""
-    pairs = [(reward, group.reference_reward) for group in groups for reward in group.rewards]
-    # Equal on paper is a tie, as in learner/objectives/grao.py: weighted sums differ by rounding.
-    tie = [math.isclose(reward, other, rel_tol=1e-9, abs_tol=1e-12) for reward, other in pairs]
-    return {
-        "reference/win": mean(reward > other and not same for (reward, other), same in zip(pairs, tie, strict=True)),
-        "reference/tie": mean(tie),
-        "reference/loss": mean(reward < other and not same for (reward, other), same in zip(pairs, tie, strict=True)),
-    }
+    found = against_references(groups)
+    return {"reference/win": found.win, "reference/tie": found.tie, "reference/loss": found.loss}
 
 
 def lengths(groups: Sequence[ScoredGroup]) -> dict[str, float]:

@@ -92,27 +92,6 @@ def sample_record(step: int, scored: ScoredGroup, objective: Objective) -> dict[
     return {"step": step, "id": prompt.id, "prompt": prompt.text, "reference": reference, "answers": answers}
 
 
-def evaluation_record(step: int, groups: Sequence[ScoredGroup]) -> dict[str, Any]:
-    """One evaluation on held-out prompts: its measures, and the rewards by prompt for paired comparisons."""
-    found = {**measures.rewards(groups), **measures.against_reference(groups), **measures.lengths(groups)}
-    by_prompt = {group.group.prompt.id: list(group.rewards) for group in groups}
-    return {"step": step, "prompts": len(groups), "metrics": found, "rewards": by_prompt}
-
-
-def objective_record(
-    step: int, groups: Sequence[ScoredGroup], objective: Objective, results: Mapping[int, RowResult]
-) -> dict[str, Any]:
-    """One evaluation of an objective without samples: its value on held-out prompts (higher is better)."""
-    rows = objective.rows(groups)
-    value = math.fsum(objective.terms(groups, rows, results).values())
-    found = {
-        "objective": value,
-        **measures.forward(rows, results, sampled=False),
-        **objective.metrics(rows, results),
-    }
-    return {"step": step, "prompts": len(groups), "metrics": found}
-
-
 class MetricsWriter:
     """Appends to the run's files; every line is with the operating system when a method returns."""
 

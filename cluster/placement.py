@@ -123,6 +123,9 @@ class RemoteRank:
     async def measure(self, groups: Any) -> tuple[RowResult, ...]:
         return await self.actor.measure.remote(groups)
 
+    async def log_ratios(self, groups: Any) -> tuple[tuple[int, float], ...]:
+        return await self.actor.log_ratios.remote(groups)
+
     async def publish(self, version: int) -> Parameters:
         return await self.actor.publish.remote(version)
 

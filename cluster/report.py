@@ -24,12 +24,12 @@ class Report:
     """The console of one run. Use as a context manager."""
 
     def __init__(self, steps: int, start: int, what: str = "reward", console: Console | None = None) -> None:
-        """`what` is the score that is shown: 'reward', or 'objective' for training without samples."""
+        """`what` is the score of a step: 'reward', or 'objective' for training without samples."""
         self._console = console or Console(highlight=False)
         self._steps = steps
         self._what = what
         self._scores: list[float] = []
-        self._heldout: list[tuple[int, float]] = []
+        self._heldout: list[Mapping[str, Any]] = []
         self._began = time.monotonic()
         self._here = Path.cwd()  # Ray may delete a job's working directory before the last word
         self._progress = Progress(
@@ -55,7 +55,7 @@ class Report:
     def recall(self, steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> None:
         """Take in what a resumed run did before, as its files have it."""
         self._scores = [score_of(_with_objective(record["loss"], record["metrics"])) for record in steps]
-        self._heldout = [(record["step"], score_of(record["metrics"])) for record in evaluations]
+        self._heldout = list(evaluations)
 
     def phase(self, text: str) -> None:
         """Say what the run is doing before its first step, or after its last."""
@@ -82,10 +82,11 @@ class Report:
             + f"  {total:5.1f} s"
         )
 
-    def evaluation(self, step: int, score: float) -> None:
+    def evaluation(self, record: Mapping[str, Any]) -> None:
         """One evaluation on held-out prompts."""
-        self._heldout.append((step, score))
-        self._line(f"{self._elapsed()}  held-out {self._what} after step {step}: {score:.3f}")
+        self._heldout.append(record)
+        name = score_name(record["metrics"]).removesuffix("/mean")
+        self._line(f"{self._elapsed()}  held-out {name} after step {record['step']}: {_with_interval(record)}")
 
     def end(self, folder: RunFolder, checkpoint: str) -> None:
         """The last word of a run that reached its end: results, files, what to do next."""
@@ -94,10 +95,11 @@ class Report:
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         if self._heldout:
-            (_, before), (_, after) = self._heldout[0], self._heldout[-1]
-            table.add_row(f"held-out {self._what} before", f"{before:.3f}  (step {self._heldout[0][0]})")
-            change = f"(step {self._heldout[-1][0]}, {after - before:+.3f})"
-            table.add_row(f"held-out {self._what} after", f"{after:.3f}  {change}")
+            first, last = self._heldout[0], self._heldout[-1]
+            name = score_name(last["metrics"]).removesuffix("/mean")
+            change = score_of(last["metrics"]) - score_of(first["metrics"])
+            table.add_row(f"held-out {name} before", f"{_with_interval(first)}  (step {first['step']})")
+            table.add_row(f"held-out {name} after", f"{_with_interval(last)}  (step {last['step']}, {change:+.3f})")
         if self._scores:
             curve = f"{curve_of(self._scores)}  {self._scores[0]:.3f} to {self._scores[-1]:.3f}"
             table.add_row(f"training {self._what} by step", curve)
@@ -122,9 +124,20 @@ class Report:
         return f"{seconds // 60:3d}:{seconds % 60:02d}"
 
 
-def score_of(metrics: Mapping[str, float]) -> float:
+def score_name(metrics: Mapping[str, float]) -> str:
     """The one number by which a step or an evaluation is shown: the mean reward, else the objective's value."""
-    return metrics["reward/mean"] if "reward/mean" in metrics else metrics["objective"]
+    return "reward/mean" if "reward/mean" in metrics else "objective"
+
+
+def score_of(metrics: Mapping[str, float]) -> float:
+    return metrics[score_name(metrics)]
+
+
+def _with_interval(record: Mapping[str, Any]) -> str:
+    """The score of an evaluation and its 95% interval, which a score that is not finite has not."""
+    name, intervals = score_name(record["metrics"]), record["intervals"]
+    shown = "[{:.3f}, {:.3f}]".format(*intervals[name]) if name in intervals else ""
+    return f"{record['metrics'][name]:.3f} {shown}".rstrip()
 
 
 def _with_objective(loss: float, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -6,15 +6,16 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from cluster.checkpoints import Checkpoints
 from cluster.fleet import Fleet
+from cluster.heldout import RewardsByPrompt, evaluation_record, start_rewards
 from cluster.learner_group import LearnerGroup
-from cluster.metrics import MetricsWriter, evaluation_record, objective_record, step_report
+from cluster.metrics import MetricsWriter, read_lines, step_report
 from cluster.placement import Cluster, RemoteReward, RemoteRollout, is_death
 from cluster.queue import TicketQueue
-from cluster.report import Report, score_of
+from cluster.report import Report
 from cluster.run_folder import RunFolder
 from cluster.run_state import RunState
 from cluster.signals import cancel_on_signals
@@ -109,6 +110,19 @@ class Rewards:
         return worker
 
 
+async def answer(
+    rollouts: Rollouts, rewards: Rewards, prompts: Sequence[Prompt], sampling: Sampling
+) -> list[ScoredGroup]:
+    """Every prompt, answered and scored."""
+
+    async def one(prompt: Prompt) -> ScoredGroup:
+        return await rewards.score(await rollouts.generate(prompt, sampling))
+
+    async with asyncio.TaskGroup() as tasks:
+        found = [tasks.create_task(one(prompt)) for prompt in prompts]
+    return [task.result() for task in found]
+
+
 @dataclass(slots=True, kw_only=True)
 class Run:
     """The parts of a living run."""
@@ -127,17 +141,21 @@ class Run:
     objective: Objective
     metrics: MetricsWriter
     report: Report
-    _sync_seconds: dict[str, float] = field(default_factory=dict)
+    start_rewards: RewardsByPrompt | None
+    """Of the held-out answers before the first update; None until they are there."""
 
-    async def make_live(self, version: int) -> None:
-        """Publish the learner's parameters as `version` and load them in every rollout worker, if there is any."""
+    async def make_live(self, version: int) -> dict[str, float]:
+        """Publish the learner's parameters as `version` and load them in every rollout worker, if there is any.
+
+        Returns the slowest worker's seconds by phase.
+        """
         if not self.rollouts.fleet.size:
-            return
+            return {}
         parameters = await self.learner.publish(version)
         async with asyncio.TaskGroup() as both:  # a collective transport needs both ends at the same time
             both.create_task(self.learner.send(parameters))
             loading = both.create_task(self.rollouts.load(parameters))
-        self._sync_seconds = loading.result()
+        return loading.result()
 
     def is_due(self, every: int, step: int) -> bool:
         return every > 0 and step % every == 0
@@ -146,8 +164,7 @@ class Run:
         self, step: int, groups: Sequence[ScoredGroup], reports: Sequence[RankReport], seconds: Mapping[str, float]
     ) -> None:
         """Record one update everywhere it is shown."""
-        phases = {**seconds, **{f"sync_{phase}": value for phase, value in self._sync_seconds.items()}}
-        report = step_report(step, groups, reports, self.objective, phases)
+        report = step_report(step, groups, reports, self.objective, seconds)
         report = replace(report, metrics={**report.metrics, **await self.rewards.counts()})
         self.metrics.step(report)
         if self.config.run.write_samples and groups[0].group.samples:
@@ -155,15 +172,18 @@ class Run:
         self.report.step(report)
 
     def log_evaluation(
-        self, step: int, groups: Sequence[ScoredGroup], measured: Mapping[int, RowResult] | None = None
+        self,
+        step: int,
+        groups: Sequence[ScoredGroup],
+        judged: Mapping[int, RowResult] | None,
+        log_ratios: Sequence[Sequence[float]] | None,
     ) -> None:
-        """Record one evaluation everywhere it is shown; `measured` where the groups have no samples."""
-        if measured is None:
-            record = evaluation_record(step, groups)
-        else:
-            record = objective_record(step, groups, self.objective, measured)
+        """Record one evaluation everywhere it is shown; `judged` are the results of an objective without samples."""
+        by_objective = None if judged is None else (self.objective, judged)
+        record = evaluation_record(step, groups, self.start_rewards, log_ratios, by_objective)
+        self.start_rewards = self.start_rewards or start_rewards([record])
         self.metrics.evaluation(step, record)
-        self.report.evaluation(step, score_of(record["metrics"]))
+        self.report.evaluation(record)
 
 
 @contextlib.asynccontextmanager
@@ -204,6 +224,7 @@ async def open_run(
             objective=build_objective(config.learner.objective),
             metrics=metrics,
             report=report,
+            start_rewards=start_rewards(read_lines(folder.evaluations)),
         )
 
 

@@ -19,6 +19,7 @@ FIXED: Mapping[str, str] = {
     "data": "the order of the prompts and what was trained of it follow from the data",
     "learner.dtype": "the checkpoint's parameters have its type",
     "run.seed": "the order of the prompts follows from it",
+    "evaluation": "every evaluation of a run is compared with its first",
 }
 """Settings (or whole sections) that a run keeps for life, with the reason. All others may change on resume."""
 

@@ -39,7 +39,7 @@ async def run_session(config: Config, resume: bool) -> None:
     """Train to the end. Raises the first failure, after everything that was started has ended."""
     cancel_on_signals()
     prompts = preflight(config)
-    with _held_folder(config, resume) as folder:
+    with held_folder(config.run.folder, resume) as folder:
         checkpoints = Checkpoints(folder.checkpoints, config.run.keep_checkpoints)
         state, notes = _restore(config, folder, checkpoints, prompts) if resume else (fresh_state(config, prompts), [])
         write_whole(folder.config, resolved(config))
@@ -55,8 +55,9 @@ async def run_session(config: Config, resume: bool) -> None:
 
 
 @contextlib.contextmanager
-def _held_folder(config: Config, resume: bool) -> Iterator[RunFolder]:
-    folder = RunFolder(Path(config.run.folder).resolve())
+def held_folder(path: str, resume: bool) -> Iterator[RunFolder]:
+    """A run's folder, locked; with `resume` it must hold a run, else it must hold none. Raises RunFolderError."""
+    folder = RunFolder(Path(path).resolve())
     if resume:
         folder.require_run()
     folder.lock()

@@ -49,18 +49,24 @@ def read_yaml(path: str | Path) -> DictConfig:
 
 def parse(tree: Mapping[str, Any] | DictConfig, overrides: Sequence[str] = (), source: str = "config") -> Config:
     """Check a mapping with overrides applied. Raises ConfigError."""
-    merged = OmegaConf.create(tree if isinstance(tree, DictConfig) else dict(tree))
-    _name_objective(merged)
-    for override in overrides:
-        _apply(merged, override)
-        _name_objective(merged)
-    _make_absolute(merged)
+    merged = override(tree, overrides)
     try:
         return Config.model_validate(OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {_one_line(error)}") from error
     except ValidationError as error:
         raise ConfigError(f"{source}: {_explain(error.errors()[0])}") from error
+
+
+def override(tree: Mapping[str, Any] | DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """A copy of a mapping with `section.key=value` applied in order and local paths absolute. Raises ConfigError."""
+    merged = OmegaConf.create(tree if isinstance(tree, DictConfig) else dict(tree))
+    _name_objective(merged)
+    for one in overrides:
+        _apply(merged, one)
+        _name_objective(merged)
+    _make_absolute(merged)
+    return merged
 
 
 def resolved(config: Config) -> str:

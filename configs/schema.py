@@ -142,6 +142,9 @@ class LearnerConfig(Section):
 class EvaluationConfig(Section):
     """How held-out prompts are answered, in training and by `grao evaluate`."""
 
+    answers: Literal["objective", "samples"] = "objective"
+    """What judges a method that trains without samples (sft, dpo): its objective's value alone, or also 'samples',
+    scored answers as of all other methods; engines and reward workers are started for them."""
     samples: int = Field(default=1, ge=1)
     """Answers to each prompt."""
     temperature: float = Field(default=0.0, ge=0, le=2)
@@ -189,25 +192,35 @@ class Config(Section):
     run: RunConfig
 
     @property
+    def needs_samples(self) -> bool:
+        """Whether the policy answers prompts at all: to be trained on them, or for evaluations."""
+        return self.learner.objective.online or self.evaluation.answers == "samples"
+
+    @property
     def rollout_workers(self) -> int:
-        """0 where the objective needs no samples."""
-        return self.rollout.workers if self.learner.objective.online else 0
+        """0 where no samples are needed."""
+        return self.rollout.workers if self.needs_samples else 0
 
     @property
     def reward_workers(self) -> int:
-        """0 where the objective needs no rewards."""
-        return self.reward.workers if self.reward is not None and self.learner.objective.online else 0
+        """0 where there are no samples to score."""
+        return self.reward.workers if self.reward is not None and self.needs_samples else 0
 
     @property
     def longest_sequence(self) -> int:
         """Tokens of the longest prompt with the longest answer: what engines and micro-batches must hold."""
         return self.data.max_prompt_tokens + max(self.rollout.max_new_tokens, self.data.max_reference_tokens)
 
+    def with_model(self, path: str) -> Config:
+        """The same for another model."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"path": path})})
+
     @model_validator(mode="after")
     def _possible(self) -> Config:
         learner, cluster, rollout = self.learner, self.cluster, self.rollout
-        if self.reward is None and learner.objective.online:
-            raise ValueError(f"'reward' is missing, and objective '{learner.objective.name}' needs it; add it")
+        if self.reward is None and self.needs_samples:
+            who = f"objective '{learner.objective.name}'" if learner.objective.online else "evaluation.answers: samples"
+            raise ValueError(f"'reward' is missing, and {who} needs it; add it")
         if learner.tokens_per_micro_batch < self.longest_sequence:
             raise ValueError(
                 f"learner.tokens_per_micro_batch is {learner.tokens_per_micro_batch}, but one row can have"
@@ -227,6 +240,10 @@ class Config(Section):
                 "cluster.colocate puts engine i and rank i on one GPU: it needs rollout.tensor_parallel: 1 and as many"
                 f" rollout.workers ({rollout.workers}) as learner.ranks ({learner.ranks})"
             )
-        if self.run.evaluate_every and not self.data.heldout_rows:
-            raise ValueError("run.evaluate_every needs held-out prompts; set data.heldout_rows")
+        for asked, who in (
+            (self.run.evaluate_every > 0, "run.evaluate_every"),
+            (self.needs_samples and not learner.objective.online, "evaluation.answers: samples"),
+        ):
+            if asked and not self.data.heldout_rows:
+                raise ValueError(f"{who} needs held-out prompts; set data.heldout_rows")
         return self

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 __all__ = ["LearnerError", "LearnerRank"]
 
 
+def _prompts(groups: Sequence[ScoredGroup]) -> list[tuple[int, ...]]:
+    return [scored.group.prompt.token_ids for scored in groups]
+
+
 def _floats(tensor: torch.Tensor) -> Floats:
     return tensor.double().numpy()
 
@@ -98,7 +102,7 @@ class LearnerRank:
         """
         begun = time.perf_counter()
         rows = self._objective.rows(groups)
-        prompts = [scored.group.prompt.token_ids for scored in groups]
+        prompts = _prompts(groups)
         batches = self._plan(rows, prompts)
         packed = time.perf_counter()
         results = self._compute(step, batches, rows, groups) if rows else ()
@@ -124,7 +128,7 @@ class LearnerRank:
 
     def measure(self, groups: Sequence[ScoredGroup]) -> tuple[RowResult, ...]:
         """What the objective says of groups that are not trained on: this rank's share of their rows; no gradients."""
-        batches = self._plan(self._objective.rows(groups), [scored.group.prompt.token_ids for scored in groups])
+        batches = self._plan(self._objective.rows(groups), _prompts(groups))
         temperatures = self._temperatures()
         start = self._start_values(batches) if self._learner.objective.needs_start_model else [None] * len(batches)
         found = [_values(output) for output in self._engine.values(batches, *temperatures)]
@@ -132,6 +136,25 @@ class LearnerRank:
         for batch, values, begin in zip(batches, found, start, strict=True):
             results += row_results(batch, values, begin, self._weighed(batch, values.logprobs, begin))
         return tuple(results)
+
+    def log_ratios(self, groups: Sequence[ScoredGroup]) -> tuple[tuple[int, float], ...]:
+        """(number, log-probability less the start model's at temperature 1) of this rank's share of the samples.
+
+        Samples are numbered group by group. Needs learner.keeps_start_model.
+        """
+        rows = [
+            Row(group=index, kind="sample", token_ids=sample.token_ids, logprobs=None, weight=0.0)
+            for index, scored in enumerate(groups)
+            for sample in scored.group.samples
+        ]
+        batches = plan(rows, _prompts(groups), self._world, self._learner.tokens_per_micro_batch)[self._rank]
+        policy = self._engine.values(batches, 1.0, 1.0)
+        start = self._engine.start_model_values(batches, 1.0, 1.0)
+        return tuple(
+            (result.row, result.log_ratio_sum)
+            for batch, own, other in zip(batches, policy, start, strict=True)
+            for result in row_results(batch, _values(own), _values(other), None)
+        )
 
     def _plan(self, rows: Sequence[Row], prompts: Sequence[tuple[int, ...]]) -> Sequence[MicroBatch]:
         """This rank's micro-batches; none where there are no rows at all."""

@@ -11,7 +11,7 @@ Pairs are formed by position. For a pointwise reward the pair is (r(q, o), r(q, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from reward.types import ScoredGroup
@@ -69,15 +69,15 @@ def nag(post: Sequence[float], pre: Sequence[float]) -> float:
     return found.win - found.loss
 
 
-def nag_by_prompt(post: Sequence[ScoredGroup], pre: Sequence[ScoredGroup]) -> list[tuple[float, float]]:
-    """(rate, net) of each prompt: its i-th answer after training against its i-th before. Groups in the same order.
+def nag_by_prompt(post: Sequence[ScoredGroup], pre: Mapping[str, Sequence[float]]) -> list[tuple[float, float]]:
+    """(rate, net) of each prompt: its i-th answer after training against its i-th before, whose rewards `pre` has by
+    prompt id.
 
     Raises ValueError where the prompts differ.
     """
-    ids = [[group.group.prompt.id for group in groups] for groups in (post, pre)]
-    if ids[0] != ids[1]:
+    if {scored.group.prompt.id for scored in post} != pre.keys():
         raise ValueError("the two evaluations have different prompts")
-    pairs = [rates(one.rewards, other.rewards) for one, other in zip(post, pre, strict=True)]
+    pairs = [rates(scored.rewards, pre[scored.group.prompt.id]) for scored in post]
     return [(found.win, found.win - found.loss) for found in pairs]
 
 

@@ -14,12 +14,12 @@ from tests.end_to_end.harness import config, grao, lines, write_config, write_ro
 
 @pytest.fixture
 def changed_model(tiny_model: Path, tmp_path: Path) -> Path:
-    """The tiny model a little apart."""
+    """The tiny model, clearly apart."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.05 * parameter.std() * torch.randn_like(parameter))
+            parameter.add_(0.3 * parameter.std() * torch.randn_like(parameter))
     folder = tmp_path / "changed"
     model.save_pretrained(folder)
     for file in tiny_model.iterdir():

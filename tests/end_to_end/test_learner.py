@@ -217,6 +217,33 @@ def test_measuring_gives_the_loss_and_changes_nothing(run: Run, tmp_path: Path) 
     run.step(2, random_step(2))  # and training goes on
 
 
+def test_answers_are_compared_with_the_start_model_at_temperature_one(run: Run) -> None:
+    run.reset()
+    groups = random_step(5)
+
+    def log_ratios() -> list[float]:
+        found = dict(pair for part in run.ranks.call(LearnerRank.log_ratios, groups) for pair in part)
+        assert sorted(found) == list(range(sum(len(scored.group.samples) for scored in groups)))
+        return [found[number] for number in sorted(found)]
+
+    def summed(reference: Reference) -> list[float]:
+        with torch.no_grad():
+            return [
+                float(reference.logprobs(scored.group.prompt.token_ids, sample.token_ids, 1.0).sum())
+                for scored in groups
+                for sample in scored.group.samples
+            ]
+
+    assert max(map(abs, log_ratios())) < 1e-5
+    reference = Reference(run.model, LEARNER, ROLLOUT)
+    before = summed(reference)
+    run.step(1, groups)
+    reference.step(1, groups)
+    expected = [now - start for now, start in zip(summed(reference), before, strict=True)]
+    assert max(map(abs, expected)) > 1e-2
+    assert log_ratios() == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
 def test_steps_equal_the_plain_reference(run: Run, tmp_path: Path) -> None:
     run.reset()
     reference = Reference(run.model, LEARNER, ROLLOUT)

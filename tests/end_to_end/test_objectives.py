@@ -24,7 +24,10 @@ def test_sft_starts_no_engine_and_learns_its_references(tiny_model: Path, tmp_pa
     found = objectives(folder)
     assert found[0] < -4  # a random model is about as sure of 12 as of any other token
     assert found[-1] > -0.5
-    before, after = (record["metrics"]["objective"] for record in lines(folder / "evaluations.jsonl"))
+    first, last = lines(folder / "evaluations.jsonl")
+    before, after = (record["metrics"]["objective"] for record in (first, last))
+    assert last["intervals"]["objective"][0] <= after <= last["intervals"]["objective"][1]
+    assert "rewards" not in last
     assert (before < -4, after > -0.5) == (True, True)
     assert "held-out objective after" in done.stdout
     assert (folder / "model" / "model.safetensors").is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -70,6 +71,25 @@ def test_a_whole_run_learns_and_leaves_everything(learned: tuple[Path, str]) -> 
     assert again.returncode == 1
     assert "grao resume" in again.stderr
     assert len(again.stderr.strip().splitlines()) == 1
+
+
+def test_evaluate_says_of_the_export_what_the_run_said_of_its_last_step(
+    learned: tuple[Path, str], tiny_model: Path, tmp_path: Path
+) -> None:
+    done = grao("evaluate", learned[0].parent / "c.yaml", "--model", learned[0] / "model", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    models = json.loads((tmp_path / "out" / "summary.json").read_text())["models"]
+    first, *_, last = lines(learned[0] / "evaluations.jsonl")
+    assert last["metrics"]["nag/net"] > 0.9
+    assert last["metrics"]["kl/mean"] > 0.1
+    for record, path in ((first, tiny_model), (last, learned[0] / "model")):
+        said = models[str(path)]
+        for name in said.keys() - {"kl/mean"}:
+            assert record["metrics"][name] == pytest.approx(said[name]["value"]), name
+            assert record["intervals"][name] == pytest.approx([said[name]["low"], said[name]["high"]]), name
+        assert record["metrics"].get("kl/mean", 0.0) == pytest.approx(
+            said.get("kl/mean", {"value": 0.0})["value"], abs=1e-3
+        )
 
 
 def held_out_scores(folder: Path) -> list[float]:

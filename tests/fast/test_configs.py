@@ -69,6 +69,8 @@ def test_an_objective_is_a_name_or_a_section() -> None:
     assert parse(as_tree(other)) == other
     offline = parse(SMALL, ["learner.objective=sft", "reward=null"])
     assert (offline.rollout_workers, offline.reward_workers) == (0, 0)
+    answering = parse(SMALL, ["learner.objective=sft", "evaluation.answers=samples", "rollout.workers=2"])
+    assert (answering.rollout_workers, answering.reward_workers) == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,18 @@ def test_an_objective_is_a_name_or_a_section() -> None:
         (["cluster.device=gpu", "cluster.colocate=true"], "learner.transport: ipc go together"),
         ([f"learner.objective.{key}=0" for key in ("alpha", "beta", "lambda")], "nothing would be learned"),
         (["learner.warmup_steps=101"], "learner.warmup_steps is above learner.steps"),
-        (["run.evaluate_every=5", "data.heldout_rows=0"], "set data.heldout_rows"),
+        (
+            ["run.evaluate_every=5", "data.heldout_rows=0"],
+            "run.evaluate_every needs held-out prompts",
+        ),
+        (
+            ["learner.objective=sft", "evaluation.answers=samples", "data.heldout_rows=0"],
+            "evaluation.answers: samples needs held-out prompts; set data.heldout_rows",
+        ),
+        (
+            ["learner.objective=dpo", "evaluation.answers=samples", "reward=null"],
+            "'reward' is missing, and evaluation.answers: samples needs it; add it",
+        ),
         (["nonsense"], "must look like section.key=value"),
         (["model.path=null"], "'model.path' is null"),
         (["reward.rewards.0.kind=exakt"], "'exakt'"),

@@ -47,8 +47,8 @@ def test_what_has_no_mean_is_refused(values: list[float]) -> None:
 def test_gains_are_counted_by_prompt_and_place() -> None:
     after, before = (
         [scored("a", (1.0, 0.0)), scored("b", (2.0, 2.0))],
-        [scored("a", (0.0, 0.5)), scored("b", (2.0, 1.0))],
+        {"b": (2.0, 1.0), "a": (0.0, 0.5)},
     )
     assert nag_by_prompt(after, before) == [(0.5, 0.0), (0.5, 0.5)]
     with pytest.raises(ValueError, match="different prompts"):
-        nag_by_prompt(after, before[::-1])
+        nag_by_prompt(after, {"a": (0.0, 0.5)})

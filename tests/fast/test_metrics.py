@@ -17,15 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cluster.metrics import (
-    MetricsError,
-    MetricsWriter,
-    cut_after,
-    evaluation_record,
-    objective_record,
-    sample_record,
-    step_report,
-)
+from cluster.heldout import evaluation_record
+from cluster.metrics import MetricsError, MetricsWriter, cut_after, sample_record, step_report
 from cluster.run_folder import RunFolder
 from configs.objectives import AnyObjective, DpoObjective, GraoObjective, GrpoObjective
 from learner.objectives.build import build_objective
@@ -350,7 +343,7 @@ def test_any_text_is_one_line_that_comes_back(tmp_path_factory: pytest.TempPathF
     assert [answer["text"] for answer in line["answers"]] == [text, text]
 
 
-def test_an_evaluation_has_its_measures_and_the_rewards_by_prompt(tmp_path: Path) -> None:
+def test_an_evaluation_is_one_line_and_its_measures_are_in_tensorboard(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     writer = MetricsWriter(folder)
     groups = [scored(0, (1.0,), 1.0), scored(1, (0.0,), 1.0), scored(2, (2.0,), 1.0), scored(3, (0.5,), 1.0)]
@@ -430,8 +423,10 @@ def test_every_metric_is_documented_and_every_documented_one_exists() -> None:
     made |= {re.sub(r"/(exact|length)/(mean|reference_mean)", r"/NAME/\2", name) for name in report.metrics}
     made |= set(of_another(GROUPS, GrpoObjective(name="grpo")).metrics)
     made |= set(of_another(OFFLINE, DpoObjective(name="dpo")).metrics)
-    judged = objective_record(5, OFFLINE, Dpo(DpoObjective(name="dpo")), {row: row_result(row) for row in range(4)})
-    made |= set(judged["metrics"])
+    judged = Dpo(DpoObjective(name="dpo")), {row: row_result(row) for row in range(4)}
+    made |= set(evaluation_record(5, OFFLINE, judged=judged)["metrics"])
+    start = {group.group.prompt.id: group.rewards for group in GROUPS}
+    made |= set(evaluation_record(5, GROUPS, start, [[0.0] * 4] * 3)["metrics"])
     made = {re.sub(r"/(exact|length)/(mean|reference_mean)", r"/NAME/\2", name) for name in made}
     assert {name for name in documented if not name.startswith(("seconds/", "reward_calls/"))} == made
     assert {f"seconds/{phase}" for phase in report.seconds} <= documented

@@ -22,6 +22,13 @@ def test_three_numbers_scale_apart() -> None:
     assert made.gpus == 0
 
 
+def test_engines_are_planned_where_something_is_sampled() -> None:
+    alone = planned("learner.objective=sft", "learner.ranks=2")
+    assert (alone.rollout_workers, alone.reward_workers, alone.cpus) == (0, 0, 2)
+    answering = planned("learner.objective=sft", "learner.ranks=2", "evaluation.answers=samples")
+    assert (answering.rollout_workers, answering.reward_workers, answering.cpus) == (1, 1, 3)
+
+
 def test_gpus_are_counted_per_engine_and_rank() -> None:
     gpu = ("cluster.device=gpu", "learner.transport=nccl", "rollout.workers=2", "rollout.tensor_parallel=2")
     assert planned(*gpu, "learner.ranks=4").gpus == 2 * 2 + 4
