@@ -23,11 +23,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cluster.comparison_report import gather, write_report
 from cluster.files import write_whole
-from cluster.outcomes import OutcomeError, read_outcome, stages, steps_done
+from cluster.outcomes import OutcomeError, read_outcome, steps_done
 from cluster.run_folder import RunFolder, RunFolderError
 from cluster.signals import cancel_on_signals
 from cluster.trials import Trial, check_startable
-from configs.load import resolved
 
 POLL_S = 1.0
 
@@ -99,7 +98,7 @@ async def _run(trial: Trial, state: Literal["new", "begun"], say: Callable[[str]
     """Start a run, or go on with it. Raises ComparisonError where it does not reach its end."""
     trial.folder.parent.mkdir(parents=True, exist_ok=True)
     # from this file, not the user's, which may be edited before the last run starts hours later
-    write_whole(trial.beside("yaml"), resolved(trial.config))
+    write_whole(trial.beside("yaml"), trial.run.text)
     log = trial.beside("log")
     before = log.stat().st_size if log.exists() else 0
     if state == "begun":
@@ -107,7 +106,7 @@ async def _run(trial: Trial, state: Literal["new", "begun"], say: Callable[[str]
     else:
         _clear(RunFolder(trial.folder))
         arguments = ["train", str(trial.beside("yaml"))]
-    code = await _child(arguments, log, lambda: say(f"{trial.name}, step {steps_done(trial.folder)}"))
+    code = await _child(arguments, log, lambda: say(f"{trial.name}, step {sum(map(steps_done, trial.places))}"))
     if code:
         raise ComparisonError(f"{_cause(log, before, code)} (more in {log})")
 
@@ -159,9 +158,9 @@ def _clear(folder: RunFolder) -> None:
 
 
 def _drop_checkpoints(trial: Trial) -> None:
-    for part in stages(trial.folder):
-        if RunFolder(part).checkpoints.is_dir():
-            shutil.rmtree(RunFolder(part).checkpoints)
+    for place in trial.places:
+        if RunFolder(place).checkpoints.is_dir():
+            shutil.rmtree(RunFolder(place).checkpoints)
 
 
 def _elapsed(began: float) -> str:

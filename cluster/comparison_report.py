@@ -69,7 +69,7 @@ def _settings(methods: Methods) -> str:
     config = first.config
     seeds = sorted({one.seed for outcomes in methods.values() for one in outcomes})
     return (
-        f"Model {Path(config.model.path).name}, data {Path(config.data.train).name}, {first.heldout_prompts} held-out"
+        f"Model {Path(first.model).name}, data {Path(config.data.train).name}, {first.heldout_prompts} held-out"
         f" prompts, answers to each: {config.evaluation.samples} at temperature {config.evaluation.temperature:g};"
         f" seeds {', '.join(map(str, seeds))}."
     )

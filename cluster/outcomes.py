@@ -1,7 +1,6 @@
 """What one run of a comparison came to, read from its folder.
 
-A run with stages has one folder per stage inside its own: its steps are counted over all of them, and the last one is
-its result.
+The steps of a run with stages are counted over all of them, and the last stage is its result.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ from typing import Any
 
 from cluster.metrics import read_lines
 from cluster.run_folder import RunFolder
-from configs.load import ConfigError, parse, read_yaml
+from configs.load import ConfigError, read_yaml
 from configs.schema import Config
+from configs.stages import as_stages
 from reward.metrics import rates
 
 SCORE = "reward/mean"
@@ -36,6 +36,8 @@ class Outcome:
     seed: int
     config: Config
     """As it was run; of the last stage."""
+    model: str
+    """Where it started from."""
     heldout: Curve
     """SCORE by step, from the start model to the last step."""
     final: Mapping[str, float]
@@ -55,64 +57,67 @@ class Outcome:
     """Wall time of the steps without their evaluations."""
 
 
-def stages(folder: Path) -> list[Path]:
-    """The folders of a run's stages in order; a run without stages is its own only one."""
-    return sorted(file.parent for file in folder.glob("*/steps.jsonl")) or [folder]
-
-
 def steps_done(folder: Path) -> int:
-    """Lines of the last stage's steps.jsonl; safe while the run goes on."""
-    file = RunFolder(stages(folder)[-1]).steps
+    """Lines of a stage's steps.jsonl; safe while it goes on."""
+    file = RunFolder(folder).steps
     return file.read_bytes().count(b"\n") if file.is_file() else 0
 
 
 def is_finished(folder: Path, steps: int) -> bool:
-    """Whether all steps are done and the model is exported."""
-    return RunFolder(stages(folder)[-1]).model.is_dir() and steps_done(folder) >= steps
+    """Whether a stage's steps are done and its model is exported."""
+    return RunFolder(folder).model.is_dir() and steps_done(folder) >= steps
 
 
 def read_outcome(method: str, seed: int, folder: Path) -> Outcome:
     """Raises OutcomeError for a folder without a finished run or without evaluations of sampled answers."""
-    parts = [RunFolder(path) for path in stages(folder)]
-    if not parts[-1].config.is_file():
+    if not RunFolder(folder).config.is_file():
         raise OutcomeError("it has not begun")
     try:
-        configs = [parse(read_yaml(part.config)) for part in parts]
+        run = as_stages(read_yaml(RunFolder(folder).config))
+        parts = [RunFolder(folder / stage.folder) for stage in run.stages]
         steps = [read_lines(part.steps) for part in parts]
         evaluations = [read_lines(part.evaluations) for part in parts]
     except (ConfigError, OSError, ValueError) as error:
         raise OutcomeError(f"'{folder}' cannot be read: {error}") from error
-    wanted = configs[-1].learner.steps
-    if not is_finished(folder, wanted):
-        raise OutcomeError(f"it is not finished: {steps_done(folder)} of {wanted} steps done")
+    wanted = [stage.config.learner.steps for stage in run.stages]
+    if not all(is_finished(part.path, count) for part, count in zip(parts, wanted, strict=True)):
+        done = sum(len(records) for records in steps)
+        raise OutcomeError(f"it is not finished: {done} of {sum(wanted)} steps done")
     trained = _on_one_axis(steps, steps)
     # The first evaluation of a later stage is of the model that the stage before ended with.
     judged = _on_one_axis([evaluations[0], *(part[1:] for part in evaluations[1:])], steps)
     if not judged or any(SCORE not in record["metrics"] for _, record in judged):
         raise OutcomeError(
-            "its evaluations have no sampled answers, so it has no held-out reward; see `evaluation` in"
-            " configs/schema.py and docs/evaluation.md"
+            "its evaluations have no sampled answers, so it has no held-out reward; set evaluation.answers: samples"
         )
-    first, last = judged[0][1], judged[-1][1]
-    against_start = _against_start(last, first)
-    # a stage's own NAG is against the model it started from, not the run's
-    final = {**last["metrics"], **against_start} if len(parts) > 1 else {**against_start, **last["metrics"]}
-    if {"reference/win", "reference/tie"} <= final.keys():
-        final["reference/win_or_tie"] = final["reference/win"] + final["reference/tie"]
+    groups = [stage.config.learner.groups_per_step for stage in run.stages]
+    last = judged[-1][1]
     return Outcome(
         method=method,
         seed=seed,
-        config=configs[-1],
+        config=run.stages[-1].config,
+        model=run.model,
         heldout=tuple((step, record["metrics"][SCORE]) for step, record in judged),
-        final=final,
+        final=_final(judged[0][1], last, staged=len(parts) > 1),
         rewards={prompt: sum(each) / len(each) for prompt, each in last.get("rewards", {}).items()},
         training=tuple((step, record["metrics"][SCORE]) for step, record in trained if SCORE in record["metrics"]),
         shares=_shares(trained),
         heldout_prompts=last["prompts"],
-        trained_prompts=sum(one.learner.groups_per_step * len(done) for one, done in zip(configs, steps, strict=True)),
+        trained_prompts=sum(count * len(done) for count, done in zip(groups, steps, strict=True)),
         tokens=sum(record["metrics"].get("tokens/generated", 0.0) for _, record in trained),
         seconds=sum(record["seconds"].get(phase, 0.0) for _, record in trained for phase in ("wait", "train", "sync")),
     )
+
+
+def _final(first: Mapping[str, Any], last: Mapping[str, Any], staged: bool) -> dict[str, float]:
+    """The measures of the last evaluation, those against the start model taken against the run's own."""
+    against_start = _against_start(last, first)
+    final = {**against_start, **last["metrics"]}
+    if staged:  # what a later stage records of these is against the model that it started from
+        final = {name: value for name, value in final.items() if name != "kl/mean"} | against_start
+    if {"reference/win", "reference/tie"} <= final.keys():
+        final["reference/win_or_tie"] = final["reference/win"] + final["reference/tie"]
+    return final
 
 
 def _on_one_axis(

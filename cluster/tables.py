@@ -43,6 +43,7 @@ MEASURES = {
     "nag/rate": Measure(label="NAG as a rate: better than the start model, %", percent=True),
     SCORE: Measure(label="mean reward"),
     "length/mean": Measure(label="answer length, tokens", more_is_better=False),
+    "kl/mean": Measure(label="log-ratio to the start model per token", more_is_better=False),
 }
 """Of the last evaluation, in the order of the table."""
 

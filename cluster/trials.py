@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cluster.outcomes import is_finished, stages
+from omegaconf import DictConfig
+
+from cluster.outcomes import is_finished
 from cluster.run_folder import RunFolder
 from cluster.run_state import Change
 from cluster.run_state import compare as changes
 from cluster.session import preflight
-from configs.load import ConfigError, as_tree, load, parse, read_yaml
+from configs.load import ConfigError, as_tree, read_yaml
 from configs.schema import Config
+from configs.stages import Staged, as_stages
 from reward.worker import RewardError
 from rollout.prompts import DataError
 
@@ -31,16 +35,24 @@ class Trial:
 
     method: str
     seed: int
-    config: Config
+    folder: Path
+    """The run's folder."""
+    run: Staged
+    """What it does; a config without stages is a single one."""
 
     @property
     def name(self) -> str:
         return f"{self.method} seed {self.seed}"
 
     @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return Path(self.config.run.folder)
+    def config(self) -> Config:
+        """Of the last stage, which gives the result, with the model that the run starts from."""
+        return self.run.stages[-1].config.with_model(self.run.model)
+
+    @property
+    def places(self) -> list[Path]:
+        """The folder of each stage."""
+        return [self.folder / stage.folder for stage in self.run.stages]
 
     def beside(self, ending: str) -> Path:
         """A file next to the run's folder."""
@@ -50,10 +62,11 @@ class Trial:
         """'begun' has a checkpoint to go on from; what has none starts anew."""
         if not RunFolder(self.folder).config.is_file():
             return "new"
-        if is_finished(self.folder, self.config.learner.steps):
+        steps = [stage.config.learner.steps for stage in self.run.stages]
+        if all(is_finished(place, count) for place, count in zip(self.places, steps, strict=True)):
             return "finished"
-        checkpoints = [path for part in stages(self.folder) for path in RunFolder(part).checkpoints.glob("step-*")]
-        return "begun" if checkpoints else "new"
+        checkpoints = any(RunFolder(self.folder).checkpoints.glob("step-*"))
+        return "begun" if checkpoints or len(steps) > 1 else "new"  # stages see to themselves where there is none
 
 
 def planned(configs: Sequence[str], overrides: Sequence[str], seeds: int, out: Path) -> list[Trial]:
@@ -64,19 +77,18 @@ def planned(configs: Sequence[str], overrides: Sequence[str], seeds: int, out: P
     """
     if seeds < 1:
         raise ConfigError(f"--seeds is {seeds}; give 1 or more")
-    methods: dict[str, Config] = {}
+    methods: dict[str, list[Trial]] = {}
     for given in configs:
-        name, config = _method(given, overrides)
+        name, file, own = _method(given)
         if name in methods:
             raise ConfigError(f"two configs are called '{name}'; rename one of the files")
-        _check_scored(name, config)
-        _check_same({**methods, name: config})
-        methods[name] = config
-    trials = [
-        Trial(method=name, seed=seed, config=_of_seed(config, seed, out / name / f"seed-{seed}"))
-        for name, config in methods.items()
-        for seed in range(seeds)
-    ]
+        tree = read_yaml(file)
+        methods[name] = [
+            _trial(name, seed, out / name / f"seed-{seed}", tree, [*overrides, *own], file) for seed in range(seeds)
+        ]
+        _check_scored(methods[name][0])
+        _check_same(next(iter(methods.values()))[0], methods[name][0])
+    trials = [trial for each in methods.values() for trial in each]
     for trial in trials:
         _check_unchanged(trial)
     return trials
@@ -87,7 +99,8 @@ def check_startable(trials: Sequence[Trial]) -> None:
     waiting = {trial.method: trial for trial in reversed(trials) if trial.state() != "finished"}
     for method, trial in waiting.items():
         try:
-            preflight(trial.config)
+            for stage in trial.run.stages:
+                preflight(stage.config.with_model(trial.run.model))
         except (ConfigError, DataError, RewardError) as error:
             raise ConfigError(f"{method}: {error}") from error
 
@@ -98,43 +111,43 @@ def split(given: Sequence[str]) -> tuple[list[str], list[str]]:
     return [one for one in given if one not in overrides], overrides
 
 
-def _method(given: str, overrides: Sequence[str]) -> tuple[str, Config]:
-    """A file is a method by its name; with a setting of its own, by its name and that setting."""
+def _method(given: str) -> tuple[str, str, list[str]]:
+    """Name, file and settings of its own: a file is a method by its name, with a setting by its name and that."""
     found = METHOD.fullmatch(given)
     file, own = (found["file"], found["own"]) if found else (given, None)
     if own is None:
-        return Path(file).stem, load(file, overrides)
+        return Path(file).stem, file, []
     key, _, value = own.partition("=")
     name = f"{Path(file).stem}_{key.rsplit('.', 1)[-1]}_{value}"
-    return re.sub(r"[^A-Za-z0-9_.+-]+", "-", name), load(file, [*overrides, own])
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "-", name), file, [own]
 
 
-def _of_seed(config: Config, seed: int, folder: Path) -> Config:
-    run = config.run.model_copy(update={"seed": seed, "folder": str(folder)})
-    return config.model_copy(update={"run": run})
+def _trial(name: str, seed: int, folder: Path, tree: DictConfig, overrides: Sequence[str], source: str) -> Trial:
+    ours = [f"run.seed={seed}", f"run.folder={json.dumps(str(folder))}"]
+    return Trial(method=name, seed=seed, folder=folder, run=as_stages(tree, [*overrides, *ours], source))
 
 
-def _check_scored(name: str, config: Config) -> None:
+def _check_scored(trial: Trial) -> None:
     """Refuse a config whose runs would have no held-out reward."""
-    if config.reward is None:
-        raise ConfigError(f"{name}: 'reward' is missing, and a comparison needs it; add it")
-    if not config.data.heldout_rows:
-        raise ConfigError(f"{name}: data.heldout_rows is 0, so there would be nothing to compare; raise it")
-    if not config.rollout_workers:
-        raise ConfigError(
-            f"{name}: objective '{config.learner.objective.name}' starts no rollout worker, so no held-out prompt would"
-            " be answered; see `evaluation` in configs/schema.py"
-        )
+    for config in (stage.config for stage in trial.run.stages):
+        if config.reward is None:
+            raise ConfigError(f"{trial.method}: 'reward' is missing, and a comparison needs it; add it")
+        if not config.data.heldout_rows:
+            raise ConfigError(f"{trial.method}: data.heldout_rows is 0, so there is nothing to compare; raise it")
+        if not config.needs_samples:
+            raise ConfigError(
+                f"{trial.method}: objective '{config.learner.objective.name}' would be judged by its own value, which"
+                " no other method has; set evaluation.answers: samples"
+            )
 
 
-def _check_same(methods: dict[str, Config]) -> None:
-    """Refuse the last config where it differs from the first in what all must share."""
-    first, last = next(iter(methods)), next(reversed(methods))
-    for change in _changes(methods[first], methods[last]):
+def _check_same(one: Trial, other: Trial) -> None:
+    """Refuse a method that differs from another in what all must share."""
+    for change in _changes(one.config, other.config):
         if any(change.key == key or change.key.startswith(f"{key}.") for key in SAME):
             raise ConfigError(
-                f"{change.key} is {change.old} in '{first}' and {change.new} in '{last}'; their scores could not be"
-                " compared, so make it equal"
+                f"{change.key} is {change.old} in '{one.method}' and {change.new} in '{other.method}'; their scores"
+                " could not be compared, so make it equal"
             )
 
 
@@ -143,12 +156,16 @@ def _check_unchanged(trial: Trial) -> None:
     stored = RunFolder(trial.folder).config
     if not stored.is_file():
         return
-    for change in _changes(parse(read_yaml(stored), source=str(stored)), trial.config):
-        if change.key != "run.folder":
-            raise ConfigError(
-                f"{trial.name} was begun with {change.key} {change.old}, and it is {change.new} now; choose another"
-                f" --out, or delete '{trial.folder}'"
-            )
+    before, now = as_stages(read_yaml(stored), source=str(stored)).stages, trial.run.stages
+    fix = f"choose another --out, or delete '{trial.folder}'"
+    if [stage.folder for stage in before] != [stage.folder for stage in now]:
+        raise ConfigError(f"{trial.name} was begun with other stages; {fix}")
+    for one, other in zip(before, now, strict=True):
+        for change in _changes(one.config, other.config):
+            if change.key != "run.folder":
+                raise ConfigError(
+                    f"{trial.name} was begun with {change.key} {change.old}, and it is {change.new} now; {fix}"
+                )
 
 
 def _changes(old: Config, new: Config) -> list[Change]:

@@ -7,6 +7,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.end_to_end.harness import (
     config,
     family,
@@ -24,10 +26,11 @@ def test_a_comparison_goes_on_where_it_was_stopped_and_reports(tiny_model: Path,
     out, rows = tmp_path / "out", write_rows(tmp_path / "rows.jsonl")
     run = {"checkpoint_every": 1, "keep_checkpoints": 1, "evaluate_every": 10}
     learner = {"steps": 20, "learning_rate": 3e-3}
-    tree = config(tiny_model, tmp_path / "unused", rows, learner=learner, run=run)
+    answers = {"answers": "samples"}
+    tree = config(tiny_model, tmp_path / "unused", rows, learner=learner, run=run, evaluation=answers)
     first = write_config(tmp_path / "grao.yaml", tree)
-    tree["learner"]["objective"] = {"name": "grpo", "kl": 0.0, "clip": None}
-    methods = (first, write_config(tmp_path / "grpo.yaml", tree))
+    tree["learner"]["objective"] = "sft"
+    methods = (first, write_config(tmp_path / "sft.yaml", tree))
     arguments = ("--seeds", "1", "--out", out)
 
     stopped = interrupted(tmp_path / "console", out / "grao" / "seed-0", "compare", *methods, *arguments)
@@ -41,7 +44,7 @@ def test_a_comparison_goes_on_where_it_was_stopped_and_reports(tiny_model: Path,
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "1 of 3 runs failed: grao_workers_99 seed 0: the run needs 50 CPUs (rollout.workers 99 x 0.5" in done.stderr
     assert "  1/3  grao seed 0: held-out reward" in done.stdout
-    assert "  2/3  grpo seed 0: held-out reward" in done.stdout
+    assert "  2/3  sft seed 0: held-out reward" in done.stdout
     check_report(out)
 
     before = {file: file.stat().st_mtime_ns for file in out.rglob("steps.jsonl")}
@@ -70,11 +73,15 @@ def check_report(out: Path) -> None:
     """The tables hold what the runs' own files say."""
     with (out / "report" / "results.csv").open() as file:
         found = {(line["table"], line["row"], line["column"]): line["mean"] for line in csv.DictReader(file)}
-    for name in ("grao", "grpo"):
+    for name in ("grao", "sft"):
         last = lines(out / name / "seed-0" / "evaluations.jsonl")[-1]
         assert last["step"] == 20
         assert float(found["scores", "mean reward", name]) == last["metrics"]["reward/mean"]
+        assert float(found["scores", "NAG: wins less losses against the start model, %", name]) == pytest.approx(
+            100 * last["metrics"]["nag/net"]
+        )
+    assert float(found["speed", "sft", "tokens generated"]) == 0
     text = (out / "report" / "results.md").read_text()
-    assert "| measure | grao | grpo |" in text
+    assert "| measure | grao | sft |" in text
     for name in ("heldout_reward", "training_reward", "shares"):
         assert (out / "report" / f"{name}.png").stat().st_size > 5000

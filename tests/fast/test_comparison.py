@@ -222,18 +222,21 @@ def test_shares_are_means_of_thirds_and_curves_are_means_over_seeds(tmp_path: Pa
 
 
 def test_a_run_with_stages_is_counted_over_all_and_judged_by_its_last(tmp_path: Path) -> None:
-    one = write_run(tmp_path, "one", 0, [[0, 0], [1, 1], [2, 0]])
-    two = write_run(tmp_path, "two", 0, [[2, 0], [0, 0], [1, 1]])
     folder = tmp_path / "staged" / "seed-0"
     folder.mkdir(parents=True)
-    one.rename(folder / "1-sft")
-    two.rename(folder / "2-grpo")
+    stages = [{"name": "one", "learner": {"groups_per_step": 3}}, {"name": "two"}]
+    write_config(folder / "config.yaml", {**tree(run={"folder": str(folder)}), "stages": stages})
+    write_run(tmp_path, "one", 0, [[0, 0], [1, 1], [2, 0]]).rename(folder / "1-one")
+    with pytest.raises(OutcomeError, match="it is not finished: 4 of 8 steps done"):
+        read_outcome("staged", 0, folder)
+    write_run(tmp_path, "two", 0, [[2, 0], [0, 0], [1, 1]]).rename(folder / "2-two")
     found = read_outcome("staged", 0, folder)
     assert [step for step, _ in found.training] == list(range(1, 9))
     assert found.heldout == ((0, 0.0), (2, 1.0), (4, 1.0), (6, 0.0), (8, 1.0))
-    assert found.trained_prompts == 16
+    assert found.trained_prompts == 4 * 3 + 4 * 2
     assert found.final["nag/net"] == 1.0  # against the model before the first stage
     assert found.seconds == 28.0
+    assert found.model == "some/model"
 
 
 def test_recorded_nag_is_taken_as_it_is(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def test_a_run_is_new_begun_or_finished(tmp_path: Path) -> None:
         ({**tree(), "evaluation": {"samples": 4}}, "evaluation.samples is 1"),
         ({name: section for name, section in tree("sft").items() if name != "reward"}, "b: 'reward' is missing"),
         (tree(run={"evaluate_every": 0}, data={"heldout_rows": 0}), "b: data.heldout_rows is 0"),
+        (tree("sft"), "b: objective 'sft' would be judged by its own value, which no other method has"),
         (tree("grpoo"), "b.yaml: 'learner.objective' is 'grpoo'"),
     ],
 )
@@ -80,6 +81,30 @@ def test_configs_that_cannot_be_compared_are_refused_by_name(
     assert expected in said
     assert len(said.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_stages_are_one_method_judged_by_their_last(tmp_path: Path) -> None:
+    answers = {"evaluation": {"answers": "samples"}}
+    stages = [{"name": "sft", "learner": {"objective": "sft"}}, {"name": "rl", "learner": {"steps": 6}}]
+    staged = {**tree("grpo"), **answers, "stages": stages}
+    del staged["run"]["folder"]
+    configs = files(tmp_path, a={**tree(), **answers}, b=staged)
+    trials = planned(configs, ["learner.learning_rate=0.5"], 2, tmp_path / "out")
+    last = trials[-1]
+    assert (last.method, last.seed, last.state()) == ("b", 1, "new")
+    assert last.places == [tmp_path / "out" / "b" / "seed-1" / name for name in ("1-sft", "2-rl")]
+    assert [stage.config.learner.steps for stage in last.run.stages] == [4, 6]
+    assert {stage.config.run.seed for stage in last.run.stages} == {1}
+    assert last.config.model.path == "some/model"
+    (last.folder / "2-rl").mkdir(parents=True)
+    (last.folder / "config.yaml").write_text(last.run.text)
+    assert planned(configs, ["learner.learning_rate=0.5"], 2, tmp_path / "out")[-1].state() == "begun"
+    with pytest.raises(ConfigError, match=r"b seed 1 was begun with learner.learning_rate 0.5, and it is 0.25 now"):
+        planned(configs, ["learner.learning_rate=0.25"], 2, tmp_path / "out")
+    staged["stages"] = stages[:1]
+    files(tmp_path, b=staged)
+    with pytest.raises(ConfigError, match=r"b seed 1 was begun with other stages; choose another --out"):
+        planned(configs, ["learner.learning_rate=0.5"], 2, tmp_path / "out")
 
 
 def test_methods_may_differ_in_how_they_learn(tmp_path: Path) -> None:
