@@ -86,7 +86,7 @@ async def _run_all(trials: Sequence[Trial], drop_checkpoints: bool) -> dict[str,
                 said = f"held-out reward {score:.3f}, {'was finished' if state == 'finished' else _elapsed(began)}"
                 if drop_checkpoints:
                     _drop_checkpoints(trial)
-            except (OutcomeError, ComparisonError) as error:
+            except (ComparisonError, OutcomeError, RunFolderError) as error:
                 failed[trial.name] = str(error)
                 said = f"failed: {error}"
             console.print(f"{number:>3}/{len(trials)}  {trial.name}: {said}", markup=False, soft_wrap=True)
