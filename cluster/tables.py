@@ -107,7 +107,8 @@ def scores(methods: Methods) -> Table:
     return Table(
         name="scores",
         title="Final scores",
-        text="The last evaluation of each run on the held-out prompts (layout of the paper's Tables 1 and 2).",
+        text="The last evaluation of each run on the held-out prompts (layout of the paper's Tables 1 and 2)."
+        " Bold is the highest mean, also where intervals overlap.",
         corner="measure",
         rows=tuple(dict.fromkeys(row for row, _ in cells)),
         columns=tuple(methods),
