@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -20,29 +19,7 @@ from tests.end_to_end.harness import (
     start_grao,
     wait_until,
     write_config,
-    write_rows,
 )
-
-
-@pytest.fixture(scope="session")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
-@pytest.fixture(scope="session")
-def learned(tiny_model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a run that learned its task, and what the run printed."""
-    folder = tmp_path_factory.mktemp("learned")
-    tree = config(
-        tiny_model,
-        folder / "run",
-        rows,
-        learner={"steps": 24, "ranks": 2, "learning_rate": 3e-3, "kl_every": 6},
-        run={"checkpoint_every": 8, "keep_checkpoints": 2, "evaluate_every": 12},
-    )
-    done = grao("train", write_config(folder / "c.yaml", tree))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "run", done.stdout
 
 
 def test_a_whole_run_learns_and_leaves_everything(learned: tuple[Path, str]) -> None:
@@ -71,25 +48,6 @@ def test_a_whole_run_learns_and_leaves_everything(learned: tuple[Path, str]) -> 
     assert again.returncode == 1
     assert "grao resume" in again.stderr
     assert len(again.stderr.strip().splitlines()) == 1
-
-
-def test_evaluate_says_of_the_export_what_the_run_said_of_its_last_step(
-    learned: tuple[Path, str], tiny_model: Path, tmp_path: Path
-) -> None:
-    done = grao("evaluate", learned[0].parent / "c.yaml", "--model", learned[0] / "model", "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stdout + done.stderr
-    models = json.loads((tmp_path / "out" / "summary.json").read_text())["models"]
-    first, *_, last = lines(learned[0] / "evaluations.jsonl")
-    assert last["metrics"]["nag/net"] > 0.9
-    assert last["metrics"]["kl/mean"] > 0.1
-    for record, path in ((first, tiny_model), (last, learned[0] / "model")):
-        said = models[str(path)]
-        for name in said.keys() - {"kl/mean"}:
-            assert record["metrics"][name] == pytest.approx(said[name]["value"]), name
-            assert record["intervals"][name] == pytest.approx([said[name]["low"], said[name]["high"]]), name
-        assert record["metrics"].get("kl/mean", 0.0) == pytest.approx(
-            said.get("kl/mean", {"value": 0.0})["value"], abs=1e-3
-        )
 
 
 def held_out_scores(folder: Path) -> list[float]:
