@@ -6,9 +6,11 @@ import asyncio
 
 from cluster.bundled import BundledModelError
 from cluster.checkpoints import CheckpointError
+from cluster.compare import ComparisonError
 from cluster.fleet import FleetError
 from cluster.learner_group import LearnerGroupError
 from cluster.metrics import MetricsError
+from cluster.outcomes import OutcomeError
 from cluster.placement import PlacementError, cause_of
 from cluster.plan import PlanError
 from cluster.queue import StalenessError
@@ -21,8 +23,9 @@ from rollout.prompts import DataError
 from rollout.worker import RolloutError
 
 EXPECTED = (
-    BundledModelError, CheckpointError, ConfigError, DataError, FleetError, LearnerError, LearnerGroupError,
-    MetricsError, PlacementError, PlanError, RewardError, RolloutError, RunError, RunFolderError, StalenessError,
+    BundledModelError, CheckpointError, ComparisonError, ConfigError, DataError, FleetError, LearnerError,
+    LearnerGroupError, MetricsError, OutcomeError, PlacementError, PlanError, RewardError, RolloutError, RunError,
+    RunFolderError, StalenessError,
 )  # fmt: skip
 """Each says in one line what is wrong and what to do."""
 

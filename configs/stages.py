@@ -15,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.load import ConfigError, override, parse
+from configs.load import ConfigError, override, parse, resolved
 from configs.schema import Config
 
 KEY = "stages"
@@ -27,7 +27,7 @@ class Stage:
     """One run of the sequence."""
 
     folder: str
-    """Its folder inside run.folder: number and name, e.g. '1-sft'."""
+    """Its folder inside run.folder: number and name, e.g. '1-sft'; empty for a config without stages."""
     config: Config
     """The whole config of this run; model.path of a later stage is there only once the stage before has ended."""
 
@@ -54,6 +54,15 @@ def without_stages(tree: DictConfig) -> DictConfig:
     content = OmegaConf.to_container(tree, resolve=False)
     assert isinstance(content, dict)
     return OmegaConf.create({key: value for key, value in content.items() if key != KEY})
+
+
+def as_stages(tree: DictConfig, overrides: Sequence[str] = (), source: str = "config") -> Staged:
+    """`parse_stages`, for which a config without stages is a single one, in run.folder itself. Raises ConfigError."""
+    if is_staged(tree):
+        return parse_stages(tree, overrides, source)
+    config = parse(tree, overrides, source)
+    only = Stage(folder="", config=config)
+    return Staged(folder=config.run.folder, model=config.model.path, stages=(only,), text=resolved(config))
 
 
 def parse_stages(tree: DictConfig, overrides: Sequence[str] = (), source: str = "config") -> Staged:

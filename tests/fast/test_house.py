@@ -38,6 +38,7 @@ ONLY_IN = {
     "vllm": {"rollout/engine.py", "rollout/receiver.py", "learner/publisher.py"},
     "deepspeed": {"learner/engine.py", "learner/publisher.py"},
     "ray": {"cluster/placement.py"},
+    "matplotlib": {"cluster/figures.py"},
 }
 DEVICE_WORDS = re.compile(r"\b(cuda|cpu|nccl|gloo)\b")
 MAY_NAME_DEVICES = ("engine", "receiver", "attention", "publisher", "placement")
