@@ -9,26 +9,31 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.plan import Bundle, Plan, check, plan, plan_without_learner
+from cluster.plan import Bundle, Plan, Scorers, check, plan, plan_without_learner
 from configs.schema import Config, ModelConfig
 from learner.types import RankReport, RowResult
 from learner.worker import LearnerRank
-from reward.types import ScoredGroup
-from reward.worker import RewardWorker
+from reward.model import RewardModelWorker
+from reward.types import ScoredGroup, ScoreRequest
+from reward.worker import RewardError, RewardWorker
 from rollout.types import Group, Parameters, Prompt, Sampling
 from rollout.worker import EngineDead, RolloutWorker
 
 CLOSE_TIMEOUT_S = 20.0
+SCORING_RESTARTS = 3  # of one scoring actor in a run
 LOCAL_OBJECT_STORE = 512 * 2**20  # groups are small; parameters never pass through Ray's object store
+
+
+Answer = TypeVar("Answer")
 
 
 class PlacementError(RuntimeError):
@@ -167,6 +172,35 @@ class RelayToEngines:
         ray.get([actor.sent.remote() for actor in self.actors])
 
 
+@dataclass(frozen=True, slots=True)
+class ScoringActors:
+    """What reward workers see of the actors that hold one reward's model; all workers share them.
+
+    Ray itself restarts one that dies and makes its calls again: its only state is the model, which it loads when it is
+    called, and a fleet in the driver could not hand a replacement to calls that reward workers have under way.
+    """
+
+    field: str
+    actors: tuple[Any, ...]
+
+    async def start(self) -> None:
+        await asyncio.gather(*(self._of(actor.start.remote()) for actor in self.actors))
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[float]:
+        """All requests of a prompt go to the same actor, which has kept the scores of equal ones."""
+        actor = self.actors[hash(requests[0].prompt_ids) % len(self.actors)]
+        return await self._of(actor.score.remote(tuple(requests)))
+
+    async def _of(self, answer: Awaitable[Answer]) -> Answer:
+        try:
+            return await answer
+        except RayTaskError as error:
+            raise cause_of(error) from error
+        except RayActorError as error:
+            said = " ".join(str(error).split())[:300]
+            raise RewardError(f"scoring actors of {self.field} keep dying, the last one of: {said}") from error
+
+
 def share(groups: Sequence[ScoredGroup]) -> Any:
     """A reference to groups in Ray's object store, for calls that send the same groups to several actors."""
     return ray.put(tuple(groups))
@@ -184,6 +218,7 @@ class Cluster:
         self._groups: list[PlacementGroup] = []
         self._rollout_slots: list[tuple[PlacementGroup, int]] = []
         self._rank_slots: list[tuple[PlacementGroup, int]] = []
+        self._scorer_slots: list[list[PlacementGroup]] = []
         self._environment = {"PYTHONPATH": os.pathsep.join(_import_path())}
 
     async def __aenter__(self) -> Cluster:
@@ -231,7 +266,21 @@ class Cluster:
             seat=number,
         )
 
-    def reward(self, number: int) -> RemoteReward:
+    def scoring(self) -> dict[str, ScoringActors]:
+        """New actors for every reward that is a model, by the reward's label. They end with the cluster."""
+        return {
+            scorers.reward.label: ScoringActors(scorers.field, tuple(self._scorer(scorers, group) for group in groups))
+            for scorers, groups in zip(self._plan.scorers, self._scorer_slots, strict=True)
+        }
+
+    def _scorer(self, scorers: Scorers, group: PlacementGroup) -> Any:
+        options = self._options(group, 0, scorers.each, threads=scorers.reward.cpus_per_worker)
+        restarted = {"max_restarts": SCORING_RESTARTS, "max_task_retries": -1, "max_concurrency": 1000}
+        device = "cuda" if scorers.each.gpus else "cpu"
+        actor = ray.remote(RewardModelWorker).options(**{**options, **restarted})
+        return actor.remote(scorers.reward, scorers.field, self._config.model, device)
+
+    def reward(self, number: int, scoring: Mapping[str, ScoringActors]) -> RemoteReward:
         """A new reward actor; not started yet."""
         actor = ray.remote(RewardWorker).options(
             num_cpus=self._plan.reward.cpus,
@@ -241,7 +290,7 @@ class Cluster:
             runtime_env={"env_vars": {**self._environment, "OMP_NUM_THREADS": "1"}},
         )
         assert self._config.reward is not None, "a config without rewards has no reward workers"
-        return RemoteReward(actor.remote(self._config.reward))
+        return RemoteReward(actor.remote(self._config.reward, dict(scoring)))
 
     def rank(self, number: int) -> RemoteRank:
         """A new learner actor in its reserved place; not started yet."""
@@ -284,6 +333,8 @@ class Cluster:
             if plan.ranks:
                 ranks = self._group([plan.rank] * plan.ranks, strategy)
                 self._rank_slots = [(ranks, number) for number in range(plan.ranks)]
+        for scorers in plan.scorers:
+            self._scorer_slots.append([self._group([scorers.each], strategy) for _ in range(scorers.reward.workers)])
         try:
             async with asyncio.timeout(config.rollout.start_timeout_s):
                 await asyncio.gather(*(group.ready() for group in self._groups))

@@ -87,10 +87,11 @@ class Rollouts:
 
 
 class Rewards:
-    """All reward workers."""
+    """All reward workers, and the scoring actors that they share."""
 
     def __init__(self, cluster: Cluster, workers: int) -> None:
         self._cluster = cluster
+        self._scoring = cluster.scoring()
         self.fleet: Fleet[RemoteReward] = Fleet("reward", workers, self._spawn, is_death)
 
     async def score(self, group: Group) -> ScoredGroup:
@@ -104,7 +105,7 @@ class Rewards:
         return {f"reward_calls/{name}": float(sum(one[name] for one in found)) for name in ("retries", "undecided")}
 
     async def _spawn(self, number: int) -> RemoteReward:
-        worker = self._cluster.reward(number)
+        worker = self._cluster.reward(number, self._scoring)
         await worker.start()
         return worker
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+from collections.abc import Mapping
 
 from configs.rewards import (
     AnyReward,
     ExactReward,
     FunctionReward,
     LengthReward,
+    ModelReward,
     NumericReward,
     ReasoningGymReward,
     RegexReward,
@@ -20,6 +22,7 @@ from reward import rules, verified
 from reward.errors import RewardError
 from reward.function import UserReward, load_function
 from reward.interface import Reward
+from reward.learned import LearnedReward, Scoring
 from reward.scorer import Counts
 from reward.verified import VerifiedReward
 
@@ -41,14 +44,21 @@ def check_rewards(config: RewardConfig) -> None:
                 _check_package("reasoning_gym", "reasoning-gym", field, reward.kind)
             case ExactReward() | LengthReward():
                 pass  # the schema says it all
+            case ModelReward():
+                pass  # needs the policy's tokenizer: reward/model.py checks it
 
 
-def build_rewards(config: RewardConfig, counts: Counts) -> tuple[Reward, ...]:
-    """The rewards of the config, in its order. Raises RewardError as check_rewards does for a user's function."""
-    return tuple(_build(reward, index, config, counts) for index, reward in enumerate(config.rewards))
+def build_rewards(config: RewardConfig, counts: Counts, scoring: Mapping[str, Scoring]) -> tuple[Reward, ...]:
+    """The rewards of the config, in its order; `scoring` has a reward model for each that needs one, by label.
+
+    Raises RewardError as check_rewards does for a user's function.
+    """
+    return tuple(_build(reward, index, config, counts, scoring) for index, reward in enumerate(config.rewards))
 
 
-def _build(reward: AnyReward, index: int, config: RewardConfig, counts: Counts) -> Reward:
+def _build(
+    reward: AnyReward, index: int, config: RewardConfig, counts: Counts, scoring: Mapping[str, Scoring]
+) -> Reward:
     label, places, limit = reward.label, config.max_concurrent, config.timeout_s
     match reward:
         case ExactReward():
@@ -64,6 +74,8 @@ def _build(reward: AnyReward, index: int, config: RewardConfig, counts: Counts) 
         case FunctionReward():
             function = load_function(reward.path, f"reward.rewards[{index}].path")
             return UserReward(label, function, reward.options, places)
+        case ModelReward():
+            return LearnedReward(label, scoring[label], places)
 
 
 def _check_pattern(pattern: str, field: str) -> None:

@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "rollout.prompts",
         "rollout.worker",
         "reward.types",
+        "reward.model",
         "reward.worker",
         "reward.metrics",
         "learner.types",
