@@ -8,7 +8,7 @@ from typing import Protocol
 from reward.cache import SharedResults
 from reward.interface import Answer, reference_answer
 from reward.types import ScoreRequest
-from rollout.types import Prompt
+from rollout.types import Finish, Prompt
 
 REFERENCES_KEPT = 100_000
 
@@ -27,8 +27,8 @@ class LearnedReward:
     """The score of a reward model.
 
     Answers that are equal get the same number, bit for bit: rounding depends on what else is in a batch, and a group
-    whose rewards differ by rounding alone would be normalised into full-sized advantages. So equal answers are scored
-    once, and a sample that is the reference answer gets the reference's score.
+    whose rewards differ by rounding alone would be normalised into full-sized advantages. So answers of the same tokens
+    are scored once, and a sample that is the reference answer gets the reference's score.
     """
 
     def __init__(self, label: str, scoring: Scoring, places: int) -> None:
@@ -41,24 +41,24 @@ class LearnedReward:
         await self._scoring.start()
 
     async def score(self, prompt: Prompt, answers: Sequence[Answer]) -> list[float]:
-        reference = _request(prompt, reference_answer(prompt))
-        asked = [_request(prompt, answer) for answer in answers]
-        scores: dict[ScoreRequest, float] = {}
-        if reference in asked:
-            scores[reference] = await self._references.get(
-                (prompt.id, hash((prompt.token_ids, prompt.reference_ids))), lambda: self._one(reference)
-            )
-        others = [request for request in dict.fromkeys(asked) if request not in scores]
+        keys = [(answer.token_ids, answer.finish) for answer in answers]
+        others = dict(zip(keys, answers, strict=True))
+        scores: dict[tuple[tuple[int, ...], Finish], float] = {}
+        reference = (prompt.reference_ids, reference_answer(prompt).finish)
+        if others.pop(reference, None) is not None:
+            key = (prompt.id, hash((prompt.token_ids, prompt.reference_ids)))
+            scores[reference] = await self._references.get(key, lambda: self._reference(prompt))
         if others:
-            scores.update(zip(others, await self._scoring.score(others), strict=True))
-        return [scores[request] for request in asked]
+            found = await self._scoring.score([_request(prompt, answer) for answer in others.values()])
+            scores.update(zip(others, found, strict=True))
+        return [scores[key] for key in keys]
 
     async def close(self) -> None:
         """The model is not ours to end."""
         self._references.close()
 
-    async def _one(self, request: ScoreRequest) -> float:
-        (score,) = await self._scoring.score([request])
+    async def _reference(self, prompt: Prompt) -> float:
+        (score,) = await self._scoring.score([_request(prompt, reference_answer(prompt))])
         return score
 
 
