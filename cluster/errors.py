@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from cluster.actors import cause_of
 from cluster.bundled import BundledModelError
 from cluster.checkpoints import CheckpointError
 from cluster.compare import ComparisonError
@@ -11,7 +12,7 @@ from cluster.fleet import FleetError
 from cluster.learner_group import LearnerGroupError
 from cluster.metrics import MetricsError
 from cluster.outcomes import OutcomeError
-from cluster.placement import PlacementError, cause_of
+from cluster.placement import PlacementError
 from cluster.plan import PlanError
 from cluster.queue import StalenessError
 from cluster.run import RunError

@@ -20,13 +20,12 @@ from cluster.estimates import Estimate
 from cluster.files import write_whole
 from cluster.heldout import by_prompt, estimates, heldout_sampling
 from cluster.placement import Cluster
-from cluster.preflight import check_folder, check_model
+from cluster.preflight import check_all_rewards, check_folder, check_model
 from cluster.run import Rewards, Rollouts, answer
 from cluster.signals import cancel_on_signals
 from configs.load import ConfigError
 from configs.schema import Config
 from reward.types import ScoredGroup
-from reward.worker import check_rewards
 from rollout.prompts import PromptSet, load_prompts
 from rollout.types import Prompt
 
@@ -98,7 +97,6 @@ def _check(config: Config, models: Sequence[str]) -> list[Prompt]:
     check_folder(config)
     if config.reward is None:
         raise ConfigError("'reward' is missing, and an evaluation needs it; add it")
-    check_rewards(config.reward)
     double = next((path for path in models if [*models, config.model.path].count(path) > 1), None)
     if double is not None:
         raise ConfigError(f"model '{double}' is given twice; name every model once, the start model as model.path")
@@ -109,6 +107,7 @@ def _check(config: Config, models: Sequence[str]) -> list[Prompt]:
         if found is not None and prompts.heldout != found.heldout:
             raise ConfigError(f"model '{path}' turns the prompts into other tokens than '{models[0]}'; compare apart")
         found = prompts
+    check_all_rewards(config)
     if found is None or not found.heldout:
         raise ConfigError("data.heldout_rows is 0, so there is nothing to evaluate; raise it")
     return list(found.heldout)

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from cluster.placement import RemoteRank, cause_of, share
+from cluster.actors import RemoteRank, cause_of, share
 from learner.types import RankReport, RowResult
 from reward.types import ScoredGroup
 from rollout.types import Parameters

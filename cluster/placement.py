@@ -1,7 +1,4 @@
-"""Ray: connect, reserve, start actors. The only file that turns plain worker classes into actors.
-
-Each wrapper below is one living actor with typed methods, so that nobody else handles Ray's untyped handles.
-"""
+"""Ray: connect, reserve, start actors. The only file that turns plain worker classes into actors."""
 
 from __future__ import annotations
 
@@ -9,170 +6,28 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.plan import Bundle, Plan, check, plan, plan_without_learner
+from cluster.actors import RemoteRank, RemoteReward, RemoteRollout, ScoringActors
+from cluster.plan import Bundle, Plan, Scorers, check, plan, plan_without_learner
 from configs.schema import Config, ModelConfig
-from learner.types import RankReport, RowResult
 from learner.worker import LearnerRank
-from reward.types import ScoredGroup
+from reward.model import RewardModelWorker
 from reward.worker import RewardWorker
-from rollout.types import Group, Parameters, Prompt, Sampling
-from rollout.worker import EngineDead, RolloutWorker
+from rollout.worker import RolloutWorker
 
-CLOSE_TIMEOUT_S = 20.0
+SCORING_RESTARTS = 3  # of one scoring actor in a run
 LOCAL_OBJECT_STORE = 512 * 2**20  # groups are small; parameters never pass through Ray's object store
 
 
 class PlacementError(RuntimeError):
     """Ray cannot be reached or cannot hold the run. One line that names the field and the fix."""
-
-
-def is_death(error: BaseException) -> bool:
-    """Whether an error of a call means that the worker has to be replaced."""
-    if isinstance(error, RayTaskError):
-        return isinstance(error.cause, EngineDead)
-    return isinstance(error, RayActorError)
-
-
-def cause_of(error: BaseException) -> BaseException:
-    """The error that a worker raised, without Ray's wrapping of remote stack traces."""
-    return error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteRollout:
-    """One rollout actor."""
-
-    actor: Any
-    seat: int
-    """Its number in the fleet; a replacement gets the same."""
-
-    async def start(self) -> None:
-        await self.actor.start.remote()
-
-    async def generate(self, prompt: Prompt, sampling: Sampling) -> Group:
-        return await self.actor.generate.remote(prompt, sampling)
-
-    async def logprobs(self, prompt: Prompt, answers: Sequence[tuple[int, ...]]) -> list[tuple[float, ...]]:
-        return await self.actor.logprobs.remote(prompt, tuple(answers))
-
-    async def join(self, info: dict[str, Any]) -> None:
-        await self.actor.join.remote(info)
-
-    async def load(self, parameters: Parameters) -> dict[str, float]:
-        return await self.actor.load.remote(parameters)
-
-    async def close(self) -> None:
-        await _close(self.actor)
-
-    def end(self) -> None:
-        ray.kill(self.actor)
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteReward:
-    """One reward actor."""
-
-    actor: Any
-
-    async def start(self) -> None:
-        await self.actor.start.remote()
-
-    async def score(self, group: Group) -> ScoredGroup:
-        return await self.actor.score.remote(group)
-
-    async def counts(self) -> dict[str, int]:
-        return await self.actor.counts.remote()
-
-    async def close(self) -> None:
-        await _close(self.actor)
-
-    def end(self) -> None:
-        ray.kill(self.actor)
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteRank:
-    """One learner actor."""
-
-    actor: Any
-
-    async def host(self) -> tuple[str, int]:
-        return await self.actor.host.remote()
-
-    async def start(
-        self, rank: int, world: int, local_rank: int, address: str, port: int, secret: str
-    ) -> dict[str, int]:
-        return await self.actor.start.remote(rank, world, local_rank, address, port, secret)
-
-    async def join(self, client: Any, address: str, port: int, world: int) -> None:
-        await self.actor.join.remote(client, address, port, world)
-
-    async def train_step(self, step: int, groups: Any) -> RankReport:
-        """`groups` is a reference made by `share`: Ray sends the groups once to a node, not once to a rank."""
-        return await self.actor.train_step.remote(step, groups)
-
-    async def measure(self, groups: Any) -> tuple[RowResult, ...]:
-        return await self.actor.measure.remote(groups)
-
-    async def log_ratios(self, groups: Any) -> tuple[tuple[int, float], ...]:
-        return await self.actor.log_ratios.remote(groups)
-
-    async def publish(self, version: int) -> Parameters:
-        return await self.actor.publish.remote(version)
-
-    async def send(self, parameters: Parameters) -> None:
-        await self.actor.send.remote(parameters)
-
-    async def save(self, folder: str) -> None:
-        await self.actor.save.remote(folder)
-
-    async def load(self, folder: str) -> None:
-        await self.actor.load.remote(folder)
-
-    async def export(self, folder: str) -> None:
-        await self.actor.export.remote(folder)
-
-    async def close(self) -> None:
-        await _close(self.actor)
-
-    def end(self) -> None:
-        ray.kill(self.actor)
-
-
-@dataclass(frozen=True, slots=True)
-class RelayToEngines:
-    """What learner rank 0 sees of engines on the same GPUs: it hands them its memory, chunk after chunk.
-
-    Has the methods of vLLM's weight sync client. The driver opens the update in every engine and commits it.
-    """
-
-    actors: tuple[Any, ...]
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        ray.get([actor.join.remote(init_info) for actor in self.actors])
-
-    def start_weight_update(self) -> None:
-        """The driver has called load."""
-
-    def update_weights(self, update_info: Any) -> None:
-        ray.get([actor.receive.remote(update_info) for actor in self.actors])
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        ray.get([actor.sent.remote() for actor in self.actors])
-
-
-def share(groups: Sequence[ScoredGroup]) -> Any:
-    """A reference to groups in Ray's object store, for calls that send the same groups to several actors."""
-    return ray.put(tuple(groups))
 
 
 class Cluster:
@@ -187,6 +42,7 @@ class Cluster:
         self._groups: list[PlacementGroup] = []
         self._rollout_slots: list[tuple[PlacementGroup, int]] = []
         self._rank_slots: list[tuple[PlacementGroup, int]] = []
+        self._scorer_slots: list[list[PlacementGroup]] = []
         self._environment = {"PYTHONPATH": os.pathsep.join(_import_path())}
 
     async def __aenter__(self) -> Cluster:
@@ -234,7 +90,21 @@ class Cluster:
             seat=number,
         )
 
-    def reward(self, number: int) -> RemoteReward:
+    def scoring(self) -> dict[str, ScoringActors]:
+        """New actors for every reward that is a model, by the reward's label. They end with the cluster."""
+        return {
+            scorers.reward.label: ScoringActors(scorers.field, tuple(self._scorer(scorers, group) for group in groups))
+            for scorers, groups in zip(self._plan.scorers, self._scorer_slots, strict=True)
+        }
+
+    def _scorer(self, scorers: Scorers, group: PlacementGroup) -> Any:
+        options = self._options(group, 0, scorers.each, threads=scorers.reward.cpus_per_worker)
+        restarted = {"max_restarts": SCORING_RESTARTS, "max_task_retries": -1, "max_concurrency": 1000}
+        device = "cuda" if scorers.each.gpus else "cpu"
+        actor = ray.remote(RewardModelWorker).options(**{**options, **restarted})
+        return actor.remote(scorers.reward, scorers.field, self._config.model, device)
+
+    def reward(self, number: int, scoring: Mapping[str, ScoringActors]) -> RemoteReward:
         """A new reward actor; not started yet."""
         actor = ray.remote(RewardWorker).options(
             num_cpus=self._plan.reward.cpus,
@@ -244,7 +114,7 @@ class Cluster:
             runtime_env={"env_vars": {**self._environment, "OMP_NUM_THREADS": "1"}},
         )
         assert self._config.reward is not None, "a config without rewards has no reward workers"
-        return RemoteReward(actor.remote(self._config.reward))
+        return RemoteReward(actor.remote(self._config.reward, dict(scoring)))
 
     def rank(self, number: int) -> RemoteRank:
         """A new learner actor in its reserved place; not started yet."""
@@ -287,6 +157,8 @@ class Cluster:
             if plan.ranks:
                 ranks = self._group([plan.rank] * plan.ranks, strategy)
                 self._rank_slots = [(ranks, number) for number in range(plan.ranks)]
+        for scorers in plan.scorers:
+            self._scorer_slots.append([self._group([scorers.each], strategy) for _ in range(scorers.reward.workers)])
         try:
             async with asyncio.timeout(config.rollout.start_timeout_s):
                 await asyncio.gather(*(group.ready() for group in self._groups))
@@ -339,12 +211,3 @@ class Cluster:
 def _import_path() -> list[str]:
     """Where workers on this node find our packages and the user's reward functions."""
     return [path for path in dict.fromkeys([os.getcwd(), *sys.path]) if path and os.path.isdir(path)]
-
-
-async def _close(actor: Any) -> None:
-    try:
-        async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            await actor.close.remote()
-    except (RayError, TimeoutError) as error:
-        logging.getLogger(__name__).debug("a worker did not close by itself and is ended: %s", error)
-    ray.kill(actor)

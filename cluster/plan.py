@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from configs.rewards import ModelReward
 from configs.schema import Config
 
 REWARD_CPUS = 0.0
@@ -24,6 +25,20 @@ class Bundle:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Scorers:
+    """The scoring actors of one reward model."""
+
+    index: int
+    """Of the reward in reward.rewards."""
+    reward: ModelReward
+    each: Bundle
+
+    @property
+    def field(self) -> str:
+        return f"reward.rewards[{self.index}]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What every worker of a run reserves."""
 
@@ -33,6 +48,7 @@ class Plan:
     ranks: int
     reward: Bundle
     reward_workers: int
+    scorers: tuple[Scorers, ...]
 
     @property
     def cpus(self) -> float:
@@ -47,6 +63,7 @@ class Plan:
             (self.rollout_workers, self.rollout),
             (self.ranks, self.rank),
             (self.reward_workers, self.reward),
+            *((scorers.reward.workers, scorers.each) for scorers in self.scorers),
         )
 
 
@@ -64,6 +81,7 @@ def plan(config: Config) -> Plan:
         ranks=config.learner.ranks,
         reward=Bundle(cpus=REWARD_CPUS, gpus=0.0),
         reward_workers=config.reward_workers,
+        scorers=_scorers(config) if config.reward_workers else (),
     )
 
 
@@ -76,7 +94,27 @@ def plan_without_learner(config: Config) -> Plan:
     )
     whole = plan(config)
     workers = config.reward.workers if config.reward is not None else 0
-    return replace(whole, rollout=engine, rollout_workers=config.rollout.workers, ranks=0, reward_workers=workers)
+    return replace(
+        whole,
+        rollout=engine,
+        rollout_workers=config.rollout.workers,
+        ranks=0,
+        reward_workers=workers,
+        scorers=_scorers(config),
+    )
+
+
+def _scorers(config: Config) -> tuple[Scorers, ...]:
+    on_gpu = config.cluster.device == "gpu"
+    return tuple(
+        Scorers(
+            index=index,
+            reward=reward,
+            each=Bundle(cpus=reward.cpus_per_worker, gpus=reward.gpus_per_worker if on_gpu else 0.0),
+        )
+        for index, reward in enumerate(config.reward.rewards if config.reward is not None else ())
+        if isinstance(reward, ModelReward)
+    )
 
 
 def check(plan: Plan, nodes: Sequence[Mapping[str, float]]) -> None:
@@ -95,15 +133,26 @@ def check(plan: Plan, nodes: Sequence[Mapping[str, float]]) -> None:
                 f"rollout.tensor_parallel: one engine needs {engine:g} {resource}s on one node, the largest node has"
                 f" {largest:g}; lower it"
             )
+        for scorers in plan.scorers:
+            each = scorers.each.gpus if unit == "gpus" else scorers.each.cpus
+            if each > largest + 1e-6:
+                raise PlanError(
+                    f"{scorers.field}.{unit}_per_worker: one scoring actor needs {each:g} {resource}s on one node, the"
+                    f" largest node has {largest:g}; lower it"
+                )
 
 
 def _too_little(plan: Plan, resource: str, need: float, have: float) -> str:
     gpu = resource == "GPU"
     engine, rank = (plan.rollout.gpus, plan.rank.gpus) if gpu else (plan.rollout.cpus, plan.rank.cpus)
+    parts = [f"rollout.workers {plan.rollout_workers} x {engine:g}", f"learner.ranks {plan.ranks} x {rank:g}"]
     fix = "lower rollout.workers or learner.ranks"
+    per_worker = "rollout.cpus_per_worker and learner.cpus_per_rank"
+    for scorers in plan.scorers:
+        each = scorers.each.gpus if gpu else scorers.each.cpus
+        parts.append(f"{scorers.field}.workers {scorers.reward.workers} x {each:g}")
+        fix += f" or {scorers.field}.{'gpus_per_worker' if gpu else 'workers'}"
+        per_worker += f" and {scorers.field}.cpus_per_worker"
     fix += ", or set cluster.device: cpu" if gpu and not have else ""
-    fix += "" if gpu else ", or rollout.cpus_per_worker and learner.cpus_per_rank"
-    return (
-        f"the run needs {need:g} {resource}s (rollout.workers {plan.rollout_workers} x {engine:g}"
-        f" + learner.ranks {plan.ranks} x {rank:g}), the cluster has {have:g}; {fix}"
-    )
+    fix += "" if gpu else f", or {per_worker}"
+    return f"the run needs {need:g} {resource}s ({' + '.join(parts)}), the cluster has {have:g}; {fix}"

@@ -8,6 +8,8 @@ from typing import Any
 
 from configs.load import ConfigError
 from configs.schema import Config
+from reward.model import check_reward_models
+from reward.worker import check_rewards
 from rollout.prompts import PromptSet
 
 RAY_JOB_FOLDER = "runtime_resources"
@@ -56,6 +58,13 @@ def check_model(config: Config, room: int = 0) -> Any:
             f" {longest - room}; lower data.max_prompt_tokens, rollout.max_new_tokens or data.max_reference_tokens"
         )
     return tokenizer
+
+
+def check_all_rewards(config: Config) -> None:
+    """Refuse rewards that cannot work; after check_model, whose tokenizer they may need. Raises RewardError."""
+    if config.reward is not None:
+        check_rewards(config.reward)
+        check_reward_models(config.reward, config.model, config.longest_sequence)
 
 
 def check_pairs(config: Config, prompts: PromptSet) -> None:

@@ -8,12 +8,13 @@ import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from cluster.actors import RemoteReward, RemoteRollout, is_death
 from cluster.checkpoints import Checkpoints
 from cluster.fleet import Fleet
 from cluster.heldout import RewardsByPrompt, evaluation_record, start_rewards
 from cluster.learner_group import LearnerGroup
 from cluster.metrics import MetricsWriter, read_lines, step_report
-from cluster.placement import Cluster, RemoteReward, RemoteRollout, is_death
+from cluster.placement import Cluster
 from cluster.queue import TicketQueue
 from cluster.report import Report
 from cluster.run_folder import RunFolder
@@ -88,10 +89,11 @@ class Rollouts:
 
 
 class Rewards:
-    """All reward workers."""
+    """All reward workers, and the scoring actors that they share."""
 
     def __init__(self, cluster: Cluster, workers: int) -> None:
         self._cluster = cluster
+        self._scoring = cluster.scoring()
         self.fleet: Fleet[RemoteReward] = Fleet("reward", workers, self._spawn, is_death)
 
     async def score(self, group: Group) -> ScoredGroup:
@@ -103,7 +105,7 @@ class Rewards:
         return {f"reward_calls/{name}": float(sum(one[name] for one in found)) for name in (found[0] if found else ())}
 
     async def _spawn(self, number: int) -> RemoteReward:
-        worker = self._cluster.reward(number)
+        worker = self._cluster.reward(number, self._scoring)
         await worker.start()
         return worker
 

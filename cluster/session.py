@@ -11,7 +11,7 @@ from cluster.checkpoints import Checkpoints
 from cluster.driver import train
 from cluster.files import write_whole
 from cluster.metrics import cut_after, read_lines
-from cluster.preflight import check_folder, check_model, check_pairs
+from cluster.preflight import check_all_rewards, check_folder, check_model, check_pairs
 from cluster.queue import Position
 from cluster.report import Report
 from cluster.run import open_run
@@ -20,16 +20,14 @@ from cluster.run_state import RunState, check_data, compare
 from cluster.signals import cancel_on_signals
 from configs.load import ConfigError, as_tree, fingerprint, parse, read_yaml, resolved
 from configs.schema import Config
-from reward.worker import check_rewards
 from rollout.prompts import PromptSet, load_prompts
 
 
 def preflight(config: Config) -> PromptSet:
     """Everything that can be refused before a worker starts. Raises ConfigError, DataError or RewardError."""
     check_folder(config)
-    if config.reward is not None:
-        check_rewards(config.reward)
     tokenizer = check_model(config)
+    check_all_rewards(config)
     prompts = load_prompts(config.data, tokenizer, config.run.seed)
     check_pairs(config, prompts)
     return prompts

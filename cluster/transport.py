@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from cluster.actors import RelayToEngines, RemoteRollout
 from cluster.fleet import Fleet
 from cluster.learner_group import LearnerGroup
-from cluster.placement import RelayToEngines, RemoteRollout
 from configs.schema import Config
 
 

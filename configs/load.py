@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -123,6 +123,12 @@ def _make_absolute(tree: DictConfig) -> None:
         value = OmegaConf.select(tree, key)
         if isinstance(value, str) and value and Path(value).expanduser().exists():
             OmegaConf.update(tree, key, str(Path(value).expanduser().resolve()))
+    rewards = OmegaConf.select(tree, "reward.rewards")
+    for reward in rewards if isinstance(rewards, ListConfig) else ():
+        if isinstance(reward, DictConfig) and reward.get("kind") == "model":
+            path = Path(str(reward.get("path"))).expanduser()
+            if path.exists():
+                reward["path"] = str(path.resolve())
 
 
 def _explain(error: ErrorDetails) -> str:

@@ -138,6 +138,35 @@ class RemoteReward(RewardBase):
     """Name of the environment variable with a key to send as 'Authorization: Bearer'; null sends none."""
 
 
+class ModelReward(RewardBase):
+    """The score of a reward model: a sequence classification model with one label, in actors of its own."""
+
+    kind: Literal["model"]
+    path: str = Field(min_length=1)
+    """Folder of a Hugging Face model (config.json, safetensors, tokenizer), or a hub name."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model. Off unless you trust its author."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the parameters; the last layer, which gives the score, computes in float32 where it can."""
+    workers: int = Field(default=1, ge=1)
+    """Number of scoring actors, each with the whole model."""
+    cpus_per_worker: float = Field(default=1, gt=0)
+    """CPUs Ray reserves for one scoring actor; on CPU also its threads (at least one)."""
+    gpus_per_worker: float = Field(default=1, ge=0, le=1)
+    """With cluster.device: gpu the share of a GPU that one scoring actor reserves; 0 scores on the CPU."""
+    tokens_per_batch: int = Field(default=16384, ge=2)
+    """Positions of one forward pass, padding included."""
+    max_tokens: int | None = Field(default=None, ge=2)
+    """Longest sequence (prompt and answer); a longer one is an error, never cut. null: as long as the model and
+    `tokens_per_batch` take."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelReward:
+        if self.max_tokens is not None and self.max_tokens > self.tokens_per_batch:
+            raise ValueError(f"max_tokens is above tokens_per_batch ({self.tokens_per_batch}); raise tokens_per_batch")
+        return self
+
+
 AnyReward = Annotated[
     ExactReward
     | NumericReward
@@ -145,6 +174,7 @@ AnyReward = Annotated[
     | LengthReward
     | ReasoningGymReward
     | FunctionReward
+    | ModelReward
     | JudgeReward
     | RemoteReward,
     Field(discriminator="kind"),

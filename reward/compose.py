@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+from collections.abc import Mapping
 
 from configs.rewards import (
     AnyReward,
@@ -12,6 +13,7 @@ from configs.rewards import (
     FunctionReward,
     JudgeReward,
     LengthReward,
+    ModelReward,
     NumericReward,
     ReasoningGymReward,
     RegexReward,
@@ -23,6 +25,7 @@ from reward.errors import RewardError
 from reward.function import UserReward, load_function
 from reward.interface import Reward
 from reward.judge import Judge
+from reward.learned import LearnedReward, Scoring
 from reward.remote import RemoteScores
 from reward.scorer import Counts
 from reward.service import check_url, read_key
@@ -51,14 +54,21 @@ def check_rewards(config: RewardConfig) -> None:
                 read_key(reward.api_key_env, f"{field}.api_key_env")
             case ExactReward() | LengthReward():
                 pass  # the schema says it all
+            case ModelReward():
+                pass  # needs the policy's tokenizer: reward/model.py checks it
 
 
-def build_rewards(config: RewardConfig, counts: Counts) -> tuple[Reward, ...]:
-    """The rewards of the config, in its order. Raises RewardError as check_rewards does for a user's function."""
-    return tuple(_build(reward, index, config, counts) for index, reward in enumerate(config.rewards))
+def build_rewards(config: RewardConfig, counts: Counts, scoring: Mapping[str, Scoring]) -> tuple[Reward, ...]:
+    """The rewards of the config, in its order; `scoring` has a reward model for each that needs one, by label.
+
+    Raises RewardError as check_rewards does for a user's function.
+    """
+    return tuple(_build(reward, index, config, counts, scoring) for index, reward in enumerate(config.rewards))
 
 
-def _build(reward: AnyReward, index: int, config: RewardConfig, counts: Counts) -> Reward:
+def _build(
+    reward: AnyReward, index: int, config: RewardConfig, counts: Counts, scoring: Mapping[str, Scoring]
+) -> Reward:
     label, places, limit = reward.label, config.max_concurrent, config.timeout_s
     field = f"reward.rewards[{index}]"
     match reward:
@@ -74,6 +84,8 @@ def _build(reward: AnyReward, index: int, config: RewardConfig, counts: Counts) 
             return VerifiedReward(label, reward.kind, verified.reasoning_gym, limit, counts)
         case FunctionReward():
             return UserReward(label, load_function(reward.path, f"{field}.path"), reward.options, places)
+        case ModelReward():
+            return LearnedReward(label, scoring[label], places)
         case JudgeReward():
             return Judge(label, reward, field, config, counts)
         case RemoteReward():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rollout.types import Group
+from rollout.types import Finish, Group, Turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,3 +31,19 @@ class ScoredGroup:
     """The same sum for the reference answer, r(q, y)."""
     breakdown: Mapping[str, Breakdown]
     """By the name of the reward."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRequest:
+    """One prompt with one answer for a reward model, as tokens of the policy and as text: the model's side knows which
+    of the two it reads."""
+
+    prompt_ids: tuple[int, ...]
+    """[P]"""
+    messages: tuple[Turn, ...]
+    """The same prompt before any chat template."""
+    answer_ids: tuple[int, ...]
+    """[T] the EOS or stop token included."""
+    answer_text: str
+    """Without special tokens, and without white space at both ends."""
+    finish: Finish

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from configs.rewards import JudgeReward, RewardConfig
 from reward.cache import SharedResults
@@ -13,6 +14,7 @@ from reward.calls import together
 from reward.compose import build_rewards, check_rewards
 from reward.errors import RewardError, one_line
 from reward.interface import Answer, reference_answer, sample_answer
+from reward.learned import Scoring
 from reward.scorer import Counts, Scorer
 from reward.types import Breakdown, ScoredGroup
 from rollout.types import Group, Prompt
@@ -21,6 +23,7 @@ __all__ = ["RewardError", "RewardWorker", "check_rewards"]
 
 REFERENCES_KEPT = 100_000
 """Values r(q, y) kept by one worker, each a few hundred bytes."""
+NO_MODELS: Mapping[str, Scoring] = MappingProxyType({})
 
 
 class RewardWorker:
@@ -30,17 +33,19 @@ class RewardWorker:
     and worker. Raises RewardError naming the reward, the prompt and the cause where a reward gives no usable value.
     """
 
-    def __init__(self, reward: RewardConfig) -> None:
+    def __init__(self, reward: RewardConfig, scoring: Mapping[str, Scoring] = NO_MODELS) -> None:
+        """Starts nothing. `scoring` has the reward models of rewards of kind 'model', by label."""
         self._config = reward
+        self._scoring = scoring
         self._counts = Counts()
         self._scorers: tuple[Scorer, ...] = ()
         self._references: SharedResults[tuple[str, str, int], tuple[float, ...]] = SharedResults(REFERENCES_KEPT)
 
     async def start(self) -> None:
-        """Import users' functions and start the verifiers' processes. Raises RewardError."""
+        """Import users' functions, start the verifiers' processes, wait for reward models. Raises RewardError."""
         check_rewards(self._config)
         slots = asyncio.Semaphore(self._config.max_concurrent)
-        rewards = build_rewards(self._config, self._counts)
+        rewards = build_rewards(self._config, self._counts, self._scoring)
         self._scorers = tuple(Scorer(reward, self._config, slots, self._counts) for reward in rewards)
         for reward in rewards:
             try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 VOCABULARY = 512
 CHAT_TEMPLATE = (
@@ -68,6 +68,25 @@ def write(folder: Path, tie: bool = True, layers: int = 2, seed: int = 0) -> Pat
                 parameter.mul_(3.0)  # away from the uniform distribution, so that log-probabilities differ
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_reward_model(
+    folder: Path, pad_token_id: int | None = 1, labels: int = 1, template: str = CHAT_TEMPLATE, seed: int = 5
+) -> Path:
+    """Write a reward model with random float32 weights and the policy's tokenizer; return the folder."""
+    torch.manual_seed(seed)
+    settings = config()
+    settings.num_labels, settings.pad_token_id = labels, pad_token_id
+    model = LlamaForSequenceClassification(settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3.0)
+    model.save_pretrained(folder)
+    made = tokenizer()
+    made.chat_template = template
+    made.save_pretrained(folder)
     return folder
 
 

@@ -54,6 +54,22 @@ def arbitrary(call: RewardCall) -> list[float]:
     return [zlib.crc32(answer.text.encode()) % 10007 / 10007 for answer in call.answers]
 
 
+def recorded(call: RewardCall) -> list[float]:
+    """Nothing, but the tokens of every answer go into the file `into`, with the text that samples.jsonl has."""
+    with open(call.options["into"], "a") as file:
+        for answer in call.answers:
+            record = {
+                "id": call.prompt.id,
+                "text": answer.text,
+                "prompt_ids": call.prompt.token_ids,
+                "token_ids": answer.token_ids,
+                "finish": answer.finish,
+                "is_reference": answer.is_reference,
+            }
+            file.write(json.dumps(record) + "\n")
+    return [0.0 for _ in call.answers]
+
+
 def short(call: RewardCall) -> list[float]:
     """1 for an empty answer, less for every character: a reward that even a random model can follow."""
     return [1 / (1 + len(answer.text) / 10) for answer in call.answers]

@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "rollout.prompts",
         "rollout.worker",
         "reward.types",
+        "reward.model",
         "reward.worker",
         "reward.metrics",
         "learner.types",
@@ -37,7 +38,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ONLY_IN = {
     "vllm": {"rollout/engine.py", "rollout/receiver.py", "learner/publisher.py"},
     "deepspeed": {"learner/engine.py", "learner/publisher.py"},
-    "ray": {"cluster/placement.py"},
+    "ray": {"cluster/actors.py", "cluster/placement.py"},
     "matplotlib": {"cluster/figures.py"},
 }
 DEVICE_WORDS = re.compile(r"\b(cuda|cpu|nccl|gloo)\b")

@@ -6,13 +6,24 @@ from typing import Any
 
 import pytest
 
-from cluster.plan import PlanError, check, plan
+from cluster.plan import PlanError, check, plan, plan_without_learner
 from configs.load import parse
 from tests.fast.test_configs import SMALL
 
 
 def planned(*overrides: str) -> Any:
     return plan(parse(SMALL, overrides))
+
+
+SCORED = {
+    **SMALL,
+    "reward": {
+        "rewards": [
+            {"kind": "exact"},
+            {"kind": "model", "path": "x", "workers": 2, "cpus_per_worker": 3, "gpus_per_worker": 0.25},
+        ]
+    },
+}
 
 
 def test_three_numbers_scale_apart() -> None:
@@ -39,6 +50,34 @@ def test_colocated_workers_share_each_gpu() -> None:
         "cluster.device=gpu", "learner.transport=ipc", "cluster.colocate=true", "rollout.workers=2", "learner.ranks=2"
     )
     assert made.gpus == 2
+
+
+def test_scoring_actors_are_counted() -> None:
+    assert plan(parse(SCORED)).cpus == 1 + 1 + 2 * 3
+    assert plan(parse(SCORED)).gpus == 0
+    gpu = ["cluster.device=gpu", "learner.transport=nccl"]
+    assert plan(parse(SCORED, gpu)).gpus == 1 + 1 + 2 * 0.25
+    assert plan(parse(SCORED, [*gpu, "reward.rewards.1.gpus_per_worker=0"])).gpus == 2
+    assert plan_without_learner(parse(SCORED)).cpus == 1 + 2 * 3
+
+
+def test_an_objective_without_samples_has_no_scoring_actors() -> None:
+    assert plan(parse(SCORED, ["learner.objective=sft"])).cpus == 1
+    assert plan_without_learner(parse(SCORED, ["learner.objective=sft"])).cpus == 1 + 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ([{"CPU": 4.0}], "+ reward.rewards[1].workers 2 x 3), the cluster has 4; lower rollout.workers"),
+        ([{"CPU": 4.0}], "or reward.rewards[1].workers, or rollout.cpus_per_worker and learner.cpus_per_rank and"),
+        ([{"CPU": 2.0}] * 8, "reward.rewards[1].cpus_per_worker: one scoring actor needs 3 CPUs on one node"),
+    ],
+)
+def test_a_cluster_without_room_for_scoring_actors_is_refused(nodes: list[dict[str, float]], expected: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        check(plan(parse(SCORED)), nodes)
+    assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize(

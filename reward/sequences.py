@@ -1,0 +1,125 @@
+"""What a reward model reads: requests to its own tokens, never cut. Loads no parameters and no torch."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from configs.rewards import ModelReward
+from configs.schema import ModelConfig
+from reward.errors import NotRetryable, RewardError, one_line
+from reward.types import ScoreRequest
+
+SUFFIX = "ForSequenceClassification"
+
+
+class Sequences:
+    """Token sequences of one reward model.
+
+    Where its tokenizer has the policy's vocabulary and chat template, it reads exactly the policy's tokens, followed by
+    EOS where the answer was cut off or ended at a stop string: training showed it ended answers only. Else it reads
+    prompt and answer as its own chat template writes them.
+    """
+
+    def __init__(self, reward: ModelReward, field: str, policy: ModelConfig) -> None:
+        """`field` names the reward in errors, e.g. 'reward.rewards[0]'. Raises RewardError for an unfit model."""
+        self._field = field
+        settings = _settings(reward, field)
+        self._tokenizer = _tokenizer(reward.path, reward.trust_remote_code, f"{field}.path")
+        policies = _tokenizer(policy.path, policy.trust_remote_code, "model.path")
+        text = settings.get_text_config()
+        self._vocabulary: int = text.vocab_size
+        if len(self._tokenizer) > self._vocabulary:
+            raise RewardError(
+                f"{field}.path '{reward.path}': the tokenizer has {len(self._tokenizer)} tokens, the model only"
+                f" {self._vocabulary}; they do not belong together"
+            )
+        template = _template(self._tokenizer)
+        if template is None:
+            raise RewardError(
+                f"{field}.path '{reward.path}': its tokenizer has no chat template; put the chat_template.jinja that it"
+                " was trained with into its folder"
+            )
+        self.reads_policy_tokens = (
+            template == _template(policies) and self._tokenizer.get_vocab() == policies.get_vocab()
+        )
+        self._eos: int = policies.eos_token_id
+        self._ends = {number for number, token in policies.added_tokens_decoder.items() if token.special} | {self._eos}
+        limits = (reward.max_tokens, reward.tokens_per_batch, getattr(text, "max_position_embeddings", None))
+        self._limit: int = min(limit for limit in limits if limit is not None and limit > 0)
+
+    def check_length(self, longest: int) -> None:
+        """Refuse a run whose prompt and answer can have `longest` tokens of the policy where that is too long."""
+        need = longest + 1  # an answer that is cut off gets EOS
+        if self.reads_policy_tokens and need > self._limit:
+            raise RewardError(
+                f"{self._field} takes {self._limit} tokens ({_LEAST}), a prompt with its answer can have {need}; raise"
+                f" them, or lower data.max_prompt_tokens, rollout.max_new_tokens or data.max_reference_tokens"
+            )
+
+    def encode(self, request: ScoreRequest) -> tuple[int, ...]:
+        """The tokens to score. Raises NotRetryable for a sequence that the model cannot read as a whole."""
+        ids = self._joined(request) if self.reads_policy_tokens else self._rendered(request)
+        if len(ids) > self._limit:
+            raise NotRetryable(
+                f"prompt and answer have {len(ids)} tokens, {self._field} takes {self._limit} ({_LEAST}); raise them,"
+                " or lower data.max_prompt_tokens or rollout.max_new_tokens"
+            )
+        if max(ids, default=0) >= self._vocabulary:
+            raise NotRetryable(f"token {max(ids)} is none of the {self._vocabulary} of {self._field}.path")
+        return ids
+
+    def _joined(self, request: ScoreRequest) -> tuple[int, ...]:
+        ended = request.finish == "stop" and request.answer_ids and request.answer_ids[-1] in self._ends
+        return (*request.prompt_ids, *request.answer_ids, *(() if ended else (self._eos,)))
+
+    def _rendered(self, request: ScoreRequest) -> tuple[int, ...]:
+        from jinja2.exceptions import TemplateError
+
+        turns = [{"role": turn.role, "content": turn.content} for turn in request.messages]
+        turns.append({"role": "assistant", "content": request.answer_text})
+        try:
+            text = self._tokenizer.apply_chat_template(turns, tokenize=False)
+        except TemplateError as error:
+            raise NotRetryable(f"the chat template of {self._field}.path refuses it: {one_line(error)}") from error
+        return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+_LEAST = "the least of its max_tokens, its tokens_per_batch and the model's own limit"
+
+
+def _settings(reward: ModelReward, field: str) -> Any:
+    """The model's config.json, if it is that of a sequence classification model with one label."""
+    from transformers import AutoConfig
+
+    path, where = reward.path, f"{field}.path '{reward.path}'"
+    means_folder = os.path.isdir(path) or path.startswith((".", "/", "~")) or path.count("/") != 1
+    if means_folder and not os.path.isfile(os.path.join(path, "config.json")):
+        raise RewardError(f"{where} holds no config.json; give the folder of a reward model")
+    try:
+        settings = AutoConfig.from_pretrained(path, trust_remote_code=reward.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise RewardError(f"{where} cannot be loaded: {one_line(error)}") from error
+    names = settings.architectures or ["model of unknown architecture"]
+    own_code = f"AutoModel{SUFFIX}" in (getattr(settings, "auto_map", None) or {})
+    if not own_code and not any(name.endswith(SUFFIX) for name in names):
+        raise RewardError(f"{where} is a {names[0]}; a reward model is a ...{SUFFIX} with one label")
+    if settings.num_labels != 1:
+        raise RewardError(f"{where} has {settings.num_labels} labels; a reward model has one (num_labels: 1)")
+    return settings
+
+
+def _tokenizer(path: str, trust_remote_code: bool, field: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise RewardError(f"{field} '{path}': its tokenizer cannot be loaded: {one_line(error)}") from error
+
+
+def _template(tokenizer: Any) -> str | None:
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError:  # none, or several without a default
+        return None
