@@ -91,13 +91,11 @@ class Engine:
 
         vLLM makes at least one token more: prompt and answer must be shorter than the engine's longest sequence.
         """
-        given = len(prompt.token_ids)
         parameters = SamplingParams(
             max_tokens=1,
             temperature=0.0,
             detokenize=False,
             prompt_logprobs=0,
-            prompt_logprob_start=given - 1,  # the row that predicts the answer's first token
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         tokens = tokens_input([*prompt.token_ids, *answer], cache_salt=str(self._loads))

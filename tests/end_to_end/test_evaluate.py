@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests import tiny
 from tests.end_to_end.harness import config, grao, lines, write_config, write_rows
 
 
@@ -35,12 +34,7 @@ def test_two_models_against_the_start_model(tiny_model: Path, changed_model: Pat
         tmp_path / "run",
         write_rows(tmp_path / "rows.jsonl"),
         evaluation={"samples": 2, "temperature": 1.0},
-        reward={
-            "rewards": [
-                {"kind": "function", "path": "tests.end_to_end.harness:short"},
-                {"kind": "model", "path": str(tiny.write_reward_model(tmp_path / "rm"))},
-            ]
-        },
+        reward={"rewards": [{"kind": "function", "path": "tests.end_to_end.harness:short"}]},
     )
     tree["data"]["heldout_rows"] = 12
     file, out = write_config(tmp_path / "c.yaml", tree), tmp_path / "out"
