@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,12 +42,7 @@ def test_rewards_are_the_models_scores_and_a_killed_scoring_actor_is_replaced(ti
         folder,
         write_rows(tmp_path / "rows.jsonl"),
         rollout={"cpus_per_worker": 0.4},
-        reward={
-            "rewards": [
-                {"kind": "model", "path": str(reward_model), "dtype": "float32", "cpus_per_worker": 0.2},
-                {"kind": "function", "path": "tests.end_to_end.harness:recorded", "options": {"into": str(tokens)}},
-            ]
-        },
+        reward=scored_by(reward_model, tokens),
         learner={"steps": STEPS, "cpus_per_rank": 0.4},
     )
     log = tmp_path / "log"
@@ -64,6 +61,39 @@ def test_rewards_are_the_models_scores_and_a_killed_scoring_actor_is_replaced(ti
         for answer in (*group["answers"], {**group["reference"], "finish": "reference"}):
             choices = wanted[group["id"], answer["finish"], answer["text"].strip(), answer["tokens"]]
             assert any(answer["reward"] == pytest.approx(score, abs=1e-5) for score in choices)
+
+
+def test_an_evaluation_scores_equal_answers_of_two_models_alike(tiny_model: Path, tmp_path: Path) -> None:
+    reward_model, tokens = tiny.write_reward_model(tmp_path / "rm"), tmp_path / "tokens.jsonl"
+    tree = config(
+        tiny_model,
+        tmp_path / "run",
+        write_rows(tmp_path / "rows.jsonl"),
+        reward=scored_by(reward_model, tokens),
+        evaluation={"samples": 2, "temperature": 1.0},
+    )
+    copy, out = tmp_path / "copy", tmp_path / "out"
+    shutil.copytree(tiny_model, copy)
+    done = grao("evaluate", write_config(tmp_path / "c.yaml", tree), "--model", copy, "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((out / "summary.json").read_text())["models"][str(copy)]
+    assert found["nag/net"] == {"value": 0.0, "low": 0.0, "high": 0.0}  # the same answers: no win by rounding
+    assert found["nag/rate"]["high"] == 0.0
+    wanted = plain_scores(reward_model, lines(tokens))
+    for group in lines(out / "answers-1.jsonl"):
+        for answer in group["answers"]:
+            choices = wanted[group["id"], answer["finish"], answer["text"].strip(), answer["tokens"]]
+            assert any(answer["reward"] == pytest.approx(score, abs=1e-5) for score in choices)
+
+
+def scored_by(reward_model: Path, tokens: Path) -> dict[str, Any]:
+    """The score is the reward; a function that adds nothing writes down which tokens were scored."""
+    return {
+        "rewards": [
+            {"kind": "model", "path": str(reward_model), "dtype": "float32", "cpus_per_worker": 0.2},
+            {"kind": "function", "path": "tests.end_to_end.harness:recorded", "options": {"into": str(tokens)}},
+        ]
+    }
 
 
 class Fragile:
