@@ -104,10 +104,10 @@ class PolicyPasses:
         return results
 
     def critic_forward_backward(self, prepared: Prepared) -> list[CriticRow]:
-        """The critic's results under its current parameters; its gradients stay in the engine."""
+        """The critic's results under its current parameters, none without one; its gradients stay in the engine."""
         critic, objective = self._engine.critic, self._objective
-        assert critic is not None
-        assert isinstance(objective, Ppo)
+        if critic is None or not isinstance(objective, Ppo):
+            return []
 
         def weigh(number: int, values: torch.Tensor) -> torch.Tensor:
             made = objective.weigh_values(prepared.batches[number], _floats(values.cpu()), prepared.estimates[number])
