@@ -3,7 +3,7 @@
     grao train configs/quickstart.yaml learner.steps=10 run.folder=runs/one
     grao resume runs/one learner.steps=20
     grao evaluate configs/quickstart.yaml --model runs/one/model --model runs/two/model --out runs/compared
-    grao check configs/qwen2.5_7b_1node.yaml
+    grao check configs/qwen2.5_7b_helpful.yaml
     grao prepare models/SmolLM2-135M-Instruct
 
 Also `python -m cluster.main ...`, which needs no installation and is what `ray job submit` starts.

@@ -259,6 +259,7 @@ class ZeroEngine:
             self._config.activation_checkpointing,
         )
         del watched
+        gather_at_once(policy)
         return policy
 
     @contextlib.contextmanager
@@ -319,6 +320,17 @@ class ZeroEngine:
 
 def _elements(policy: PolicyModel) -> int:
     return sum(parameter.ds_numel for parameter in policy.parameters())
+
+
+def gather_at_once(policy: PolicyModel) -> None:
+    """Tell ZeRO-3 which blocks of the model it must gather as a whole: learner/experts.py says why."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    from learner.experts import blocks_of_separate_experts
+
+    blocks = blocks_of_separate_experts(policy)
+    if blocks:
+        set_z3_leaf_modules(policy, list(blocks))
 
 
 def _initialize(policy: PolicyModel, settings: dict[str, Any], optimizer: torch.optim.Optimizer | None) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from configs.schema import Dtype
@@ -126,10 +126,10 @@ def build_model(path: str, dtype: Dtype, trust_remote_code: bool, activation_che
     Works under transformers' HfDeepSpeedConfig, where parameters come divided over the ranks: nothing here reads one.
     Dropout is set to 0, in the model's config too. Raises ModelError for a model that could not be trained exactly.
     """
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    config, own_code = _config(path, trust_remote_code)
     check_attention(config)
     _without_dropout(config)
-    hf, loading = _load(path, config, TORCH_DTYPE[dtype], trust_remote_code)
+    hf, loading = _load(path, config, TORCH_DTYPE[dtype], own_code)
     absent = sorted(loading["missing_keys"])
     if absent:
         raise ModelError(f"model.path: '{path}' has no weights for {absent[0]} and {len(absent) - 1} more parameters")
@@ -145,8 +145,22 @@ def build_model(path: str, dtype: Dtype, trust_remote_code: bool, activation_che
     return policy.train()
 
 
+def _config(path: str, trust_remote_code: bool) -> tuple[PretrainedConfig, bool]:
+    """The model's config, and whether code that ships with the model is to be run.
+
+    Never for a type that transformers knows, even where the code is trusted (for its tokenizer, as Moonlight's has to
+    be): code written for other versions of transformers does not let its attention be replaced.
+    """
+    settings, _ = PretrainedConfig.get_config_dict(path)
+    own_code = trust_remote_code and settings.get("model_type") not in CONFIG_MAPPING
+    config = AutoConfig.from_pretrained(path, trust_remote_code=own_code)
+    if not own_code and hasattr(config, "auto_map"):
+        del config.auto_map  # an exported model does not bring that code along
+    return config, own_code
+
+
 def _load(
-    path: str, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+    path: str, config: PretrainedConfig, dtype: torch.dtype, own_code: bool
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -154,7 +168,7 @@ def _load(
             config=config,
             dtype=dtype,
             attn_implementation=NAME,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=own_code,
             output_loading_info=True,
         )
     except KeyError as error:

@@ -23,6 +23,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
 
 from rollout.guard import watch_host
 from rollout.types import TRAILER_NBYTES, trailer
@@ -59,7 +60,9 @@ class SharedMemoryReceiver(WeightTransferEngine[SharedMemoryInit, SharedMemoryUp
         self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: torch.nn.Module
     ) -> None:
         super().__init__(config, vllm_config, device, model)
-        self._wanted = {name for name, _ in model.named_parameters()}  # names a tied parameter once
+        # A tied parameter has one name here. A router's balancing bias never changes: nobody sends it.
+        names = (name for name, _ in model.named_parameters())
+        self._wanted = {name for name in names if not _is_constant(name)}
         self._tied = _tied_layers(model)
 
     def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
@@ -92,12 +95,18 @@ class WorkerExtension:
     """Adds nothing to vLLM's worker; naming it makes vLLM import this module."""
 
 
+def _is_constant(name: str) -> bool:
+    """Whether vLLM's reload leaves this parameter alone."""
+    return name.rpartition(".")[2] in SKIP_LOAD_TENSORS
+
+
 def _tied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Layers that use a parameter of an earlier layer (an output head tied to the embedding)."""
     seen: set[int] = set()
     tied = []
     for layer in model.modules():
-        own = {id(parameter) for parameter in layer.parameters(recurse=False)}
+        named = layer.named_parameters(recurse=False)
+        own = {id(parameter) for name, parameter in named if not _is_constant(name)}
         if own & seen:
             tied.append(layer)
         seen |= own

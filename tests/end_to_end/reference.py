@@ -71,9 +71,14 @@ def random_step(seed: int, groups: int = 5, samples: int = 4) -> list[ScoredGrou
 class Reference:
     """The learner's arithmetic on one process."""
 
-    def __init__(self, model: Path, learner: LearnerConfig, rollout: RolloutConfig) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
-        self._start = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    def __init__(self, model: Path, learner: LearnerConfig, rollout: RolloutConfig, trust: bool = False) -> None:
+        # transformers' grouped products of experts do not know float64
+        self.model, self._start = (
+            AutoModelForCausalLM.from_pretrained(
+                model, dtype=torch.float64, experts_implementation="eager", trust_remote_code=trust
+            )
+            for _ in range(2)
+        )
         self._learner, self._rollout = learner, rollout
         parameters = list(self.model.parameters())
         self._optimizer = torch.optim.AdamW(
