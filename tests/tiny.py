@@ -64,7 +64,7 @@ def write(folder: Path, tie: bool = True, layers: int = 2, seed: int = 0) -> Pat
     return _write(folder, config(tie, layers), seed)
 
 
-ROUTING = {"num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True, "tie_word_embeddings": False}
+ROUTING = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True, "tie_word_embeddings": False}
 EXPERTS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {
         **ROUTING,

@@ -95,6 +95,8 @@ class Reference:
         self._optimizer.zero_grad()
         loss = self.loss(groups)
         loss.backward()
+        for parameter in self.model.parameters():  # of an expert that no token was sent to
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._learner.max_grad_norm)
         for group in self._optimizer.param_groups:

@@ -176,7 +176,8 @@ def test_ranks_that_run_different_experts(tmp_path: Path) -> None:
         groups = random_step(step, groups=3, samples=2)
         _, norm, gradients = reference.step(step, groups)
         for report in run.step(step, groups):
-            assert report.grad_norm == pytest.approx(norm, rel=1e-5)
+            # AdamW's first steps turn the rounding of gradients near 0 into steps of the whole learning rate
+            assert report.grad_norm == pytest.approx(norm, rel=1e-5 if step == 1 else 1e-3)
         one, other = ranks.call(experts_that_ran)
         differed |= one != other
         if step == 1:
@@ -186,7 +187,7 @@ def test_ranks_that_run_different_experts(tmp_path: Path) -> None:
     parts = run.ranks.call(LearnerRank.publish, 3)
     published = read(replace(parts[0], pieces=()), parts[0].pieces[0].path)
     for name, parameter in reference.model.named_parameters():
-        assert relative(published[name], parameter.detach()) < 1e-5, name
+        assert relative(published[name], parameter.detach()) < 1e-3, name
     ranks.close()
 
 

@@ -49,18 +49,9 @@ def shares(hf: nn.Module, rank: int = 0, world: int = 1) -> list[Share]:
     return [share_of(name, tuple(parameter.shape), rank, world) for name, parameter in hf.named_parameters()]
 
 
-def with_biases(hf: nn.Module) -> None:
-    """Give every router that has one a bias."""
-    torch.manual_seed(1)
-    for name, buffer in hf.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.normal_()
-
-
 @pytest.mark.parametrize(("family", "options"), FAMILIES, ids=[name for name, _ in FAMILIES])
 def test_names_and_values_are_those_of_a_checkpoint(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     hf = load(write_model(tmp_path / "model", family, **options))
-    with_biases(hf)
     hf.save_pretrained(tmp_path / "saved")
     saved = safetensors.torch.load_file(tmp_path / "saved" / "model.safetensors")
     found = dict(apart(hf.named_parameters(), checkpoint_parts(hf, shares(hf)))) | constants(hf)
@@ -124,7 +115,6 @@ def test_ranks_publish_experts_one_by_one(world: int, dtype: Dtype, secret: str,
 def test_an_export_is_the_model_with_its_biases(limit: int, tmp_path: Path) -> None:
     hf = load(write_model(tmp_path / "model", "deepseek_v3", **MLA))
     tiny.tokenizer().save_pretrained(tmp_path / "model")
-    with_biases(hf)
     folder = tmp_path / "export"
     folder.mkdir()
     parts = checkpoint_parts(hf, shares(hf))
@@ -141,12 +131,10 @@ def test_an_export_is_the_model_with_its_biases(limit: int, tmp_path: Path) -> N
 
 def test_biases_keep_their_precision_in_bfloat16(tmp_path: Path) -> None:
     hf = load(write_model(tmp_path, "deepseek_v3", **MLA))
-    with_biases(hf)
-    hf.save_pretrained(tmp_path)
     policy = build_model(str(tmp_path), "bfloat16", trust_remote_code=False, activation_checkpointing=True)
     assert {parameter.dtype for parameter in policy.parameters()} == {torch.bfloat16}
     wanted = constants(hf)
-    assert wanted
+    assert all(tensor.abs().max() > 0 for tensor in wanted.values())
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in constants(policy.hf).items())
 
 
