@@ -4,7 +4,7 @@
     grao resume runs/one learner.steps=20
     grao evaluate configs/quickstart.yaml --model runs/one/model --model runs/two/model --out runs/compared
     grao compare configs/compare/*.yaml --seeds 3 --out runs/compare
-    grao check configs/qwen2.5_7b_1node.yaml
+    grao check configs/qwen2.5_7b_helpful.yaml
     grao prepare models/SmolLM2-135M-Instruct
 
 Also `python -m cluster.main ...`, which needs no installation and is what `ray job submit` starts.

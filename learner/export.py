@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,27 @@ def files_of(specs: Sequence[TensorSpec], limit: int = SHARD_BYTES) -> list[tupl
     return [(f"model-{n + 1:05d}-of-{len(files):05d}.safetensors", names) for n, names in enumerate(files)]
 
 
-def write_weights(folder: str, specs: Sequence[TensorSpec], gathered: Gathered, limit: int = SHARD_BYTES) -> None:
-    """Write `gathered` (in host memory, in the order of `specs`): at most one file's bytes are held at a time."""
+def write_weights(
+    folder: str,
+    specs: Sequence[TensorSpec],
+    gathered: Gathered,
+    constants: Mapping[str, torch.Tensor],
+    limit: int = SHARD_BYTES,
+) -> None:
+    """Write `gathered` (in host memory, in the order of `specs`), then `constants`, each in its own type.
+
+    At most one file's bytes are held at a time.
+    """
     from safetensors.torch import save_file
 
+    specs = [
+        *specs,
+        *(
+            TensorSpec(name=name, shape=tuple(tensor.shape), offset=0, nbytes=tensor.nbytes)
+            for name, tensor in constants.items()
+        ),
+    ]
+    gathered = itertools.chain(gathered, constants.items())
     files = files_of(specs, limit)
     for name, names in files:
         tensors = {}

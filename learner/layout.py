@@ -8,7 +8,7 @@ A shared file is the version followed by the trailer of rollout/types.py.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,20 @@ class Share:
     """Elements; 0 where the parameter has too few for this rank."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A run of one parameter's elements that checkpoints and engines know as a tensor with a name of its own."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    """First element in the flattened parameter."""
+
+
+Parts = Mapping[str, tuple[Part, ...]]
+"""Of every parameter, by the name that the learner's model gives it; learner/experts.py."""
+
+
 def share_of(name: str, shape: tuple[int, ...], rank: int, world: int) -> Share:
     """ZeRO-3's cut: every rank gets ceil(elements / world), the last ones what is left."""
     size = int(np.prod(shape, dtype=np.int64))
@@ -50,6 +64,19 @@ def pack(shares: Sequence[Share], dtype: Dtype) -> tuple[tuple[TensorSpec, ...],
         specs.append(TensorSpec(name=share.name, shape=share.shape, offset=offset, nbytes=nbytes))
         offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
     return tuple(specs), offset
+
+
+def as_parts(specs: Sequence[TensorSpec], parts: Parts) -> tuple[TensorSpec, ...]:
+    """The same bytes under the names of `parts`."""
+    found = []
+    for spec in specs:
+        item = spec.nbytes // int(np.prod(spec.shape, dtype=np.int64))
+        for part in parts[spec.name]:
+            nbytes = int(np.prod(part.shape, dtype=np.int64)) * item
+            found.append(
+                TensorSpec(name=part.name, shape=part.shape, offset=spec.offset + part.start * item, nbytes=nbytes)
+            )
+    return tuple(found)
 
 
 def ranges(specs: Sequence[TensorSpec], shares: Sequence[Share], dtype: Dtype) -> tuple[tuple[int, int], ...]:

@@ -11,7 +11,7 @@ from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from configs.schema import Dtype
@@ -152,8 +152,8 @@ def build_model(path: str, dtype: Dtype, trust_remote_code: bool, activation_che
     Works under transformers' HfDeepSpeedConfig, where parameters come divided over the ranks: nothing here reads one.
     Dropout is set to 0, in the model's config too. Raises ModelError for a model that could not be trained exactly.
     """
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    hf, absent = load_packed(AutoModelForCausalLM, path, config, dtype, trust_remote_code)
+    config, own_code = config_of(path, trust_remote_code)
+    hf, absent = load_packed(AutoModelForCausalLM, path, config, dtype, own_code)
     refuse_absent(path, absent)
     check_decoder(hf, hf.get_decoder())
     if not isinstance(hf.get_output_embeddings(), nn.Linear):
@@ -174,8 +174,22 @@ def checkpoint_activations(hf: PreTrainedModel) -> None:
     hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
+def config_of(path: str, trust_remote_code: bool) -> tuple[PretrainedConfig, bool]:
+    """The model's config, and whether code that ships with the model is to be run.
+
+    Never for a type that transformers knows, even where the code is trusted (for its tokenizer, as Moonlight's has to
+    be): code written for other versions of transformers does not let its attention be replaced.
+    """
+    settings, _ = PretrainedConfig.get_config_dict(path)
+    own_code = trust_remote_code and settings.get("model_type") not in CONFIG_MAPPING
+    config = AutoConfig.from_pretrained(path, trust_remote_code=own_code)
+    if not own_code and hasattr(config, "auto_map"):
+        del config.auto_map  # an exported model does not bring that code along
+    return config, own_code
+
+
 def load_packed(
-    auto: Any, path: str, config: PretrainedConfig, dtype: Dtype, trust_remote_code: bool
+    auto: Any, path: str, config: PretrainedConfig, dtype: Dtype, own_code: bool
 ) -> tuple[PreTrainedModel, list[str]]:
     """A model of transformers' class `auto` with our attention and no dropout, and its parameters without weights.
 
@@ -189,7 +203,7 @@ def load_packed(
             config=config,
             dtype=TORCH_DTYPE[dtype],
             attn_implementation=NAME,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=own_code,
             output_loading_info=True,
         )
     except KeyError as error:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from configs.schema import Dtype
 from learner.attention import ModelError
@@ -23,6 +23,7 @@ from learner.model import (
     PackedModel,
     check_decoder,
     checkpoint_activations,
+    config_of,
     leak,
     load_packed,
     refuse_absent,
@@ -81,9 +82,10 @@ class ValueModel(PackedModel[ValueOutput]):
 
 def build_value_model(path: str, dtype: Dtype, trust_remote_code: bool, activation_checkpointing: bool) -> ValueModel:
     """Load a model's backbone, and its last layer where the folder has one. Raises ModelError as `build_model` does."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, num_labels=1)
+    config, own_code = config_of(path, trust_remote_code)
+    config.num_labels = 1
     try:
-        hf, absent = load_packed(AutoModelForSequenceClassification, path, config, dtype, trust_remote_code)
+        hf, absent = load_packed(AutoModelForSequenceClassification, path, config, dtype, own_code)
     except ValueError as error:
         raise ModelError(f"model.path: transformers has no sequence classification for {config.model_type}") from error
     refuse_absent(path, [name for name in absent if name != HEAD])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from configs.schema import LearnerConfig, ModelConfig, RolloutConfig
 from learner.errors import LearnerError
-from learner.layout import pack
+from learner.layout import Parts, as_parts, pack
 from learner.network import free_port, own_address
 from learner.objectives.build import build_objective
 from learner.packing import plan
@@ -53,6 +53,7 @@ class LearnerRank:
         self._device, self._seed = device, seed
         self._rank, self._world, self._secret = 0, 1, ""
         self._engine: ZeroEngine
+        self._parts: Parts = {}
         self._publisher: Publisher | None = None
         self._trainer: Trainer | None = None
 
@@ -72,11 +73,13 @@ class LearnerRank:
         # on them. Torch reads this once, when it is loaded.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         from learner.engine import ZeroEngine
+        from learner.experts import checkpoint_parts
         from learner.publisher import Publisher
 
         self._rank, self._world, self._secret = rank, world, secret
         self._engine = ZeroEngine(self._model, self._learner, self._device)
         parameters = self._engine.start(rank, world, local_rank, address, port, self._seed)
+        self._parts = checkpoint_parts(self._engine.model.hf, self._engine.model.shares())
         if self._learner.transport == "shared_memory":
             here = own_address((address, port))
             self._publisher = Publisher(rank, self._engine.model.shares(), self._rollout.dtype, secret, here, port)
@@ -212,22 +215,28 @@ class LearnerRank:
 
         For a GPU transport nothing is staged: the answer describes the tensors and has no pieces.
         """
+        dtype = self._rollout.dtype
         if self._publisher is not None:
-            return self._publisher.publish(version, self._engine.model.slices())
-        specs, nbytes = pack(self._engine.model.shares(), self._rollout.dtype)
-        return Parameters(
-            version=version, dtype=self._rollout.dtype, nbytes=nbytes, tensors=specs, pieces=(), secret=self._secret
-        )
+            notice = self._publisher.publish(version, self._engine.model.slices())
+        else:
+            specs, nbytes = pack(self._engine.model.shares(), dtype)
+            notice = Parameters(
+                version=version, dtype=dtype, nbytes=nbytes, tensors=specs, pieces=(), secret=self._secret
+            )
+        return replace(notice, tensors=as_parts(notice.tensors, self._parts))
 
     def join(self, client: EngineClient, address: str, port: int, world: int) -> None:
         """Set a GPU transport up, once, on every rank; rank 0 speaks to the engines through `client`.
 
         (address, port) is where the nccl transport meets and `world` its size: rank 0 and every rollout GPU.
         """
+        from learner.experts import apart
         from learner.publisher import ipc_trainer, nccl_trainer, weight_source
 
         specs, _ = pack(self._engine.model.shares(), self._rollout.dtype)
-        source = weight_source(specs, self._rollout.dtype, self._engine.model.gather)
+        source = weight_source(
+            as_parts(specs, self._parts), self._rollout.dtype, lambda: apart(self._engine.model.gather(), self._parts)
+        )
         if self._learner.transport == "ipc":
             self._trainer = ipc_trainer(source, client, self._rank)
         else:
@@ -253,12 +262,14 @@ class LearnerRank:
     def export(self, folder: str) -> None:
         """Write the model as a Hugging Face folder into `folder`, which exists. Rank 0 writes; all take part."""
         from learner import export
+        from learner.experts import apart, constants
 
-        gathered = self._engine.model.gather_to_host()
+        gathered = apart(self._engine.model.gather_to_host(), self._parts)
         if self._rank == 0:
             specs, _ = pack(self._engine.model.shares(), self._learner.dtype)
-            export.write_weights(folder, specs, gathered)
-            export.write_description(folder, self._engine.model.hf, self._model)
+            hf = self._engine.model.hf
+            export.write_weights(folder, as_parts(specs, self._parts), gathered, constants(hf))
+            export.write_description(folder, hf, self._model)
         else:
             for _ in gathered:
                 pass

@@ -16,6 +16,7 @@ from collections.abc import Awaitable
 from typing import Any, Literal, TypeVar
 
 import psutil
+from transformers import AutoConfig
 from vllm import AsyncEngineArgs, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
@@ -49,7 +50,9 @@ class Engine:
         self._transport = transport
         self._open, self._sent = asyncio.Event(), asyncio.Event()  # of an update by 'ipc'
         self._tokenizer = llm.get_tokenizer()
-        self._block = llm.vllm_config.cache_config.block_size
+        cache = llm.vllm_config.cache_config
+        self._block = cache.block_size
+        self._shares_prompts = cache.enable_prefix_caching  # vLLM turns it off where it cannot do it
         self._numbers = itertools.count()
         self._loads = 0
         self._death: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -76,7 +79,7 @@ class Engine:
         Requests that arrive together are scheduled together, and then each would compute the whole prompt: 8 times
         the work of a group of 8. A prompt shorter than one block of the cache cannot be shared.
         """
-        if len(prompt.token_ids) > self._block:
+        if self._shares_prompts and len(prompt.token_ids) > self._block:
             once = SamplingParams(
                 max_tokens=1, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
             )
@@ -273,6 +276,9 @@ def _arguments(
             "block_size": 32,
             "enforce_eager": True,  # compiling a 30-layer model for a CPU takes minutes at every first start
         }
+        if _has_latent_attention(model):
+            # vLLM 0.32's CPU kernel for rotary embeddings turns one head of several, so the plain code has to do it
+            own["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
     return AsyncEngineArgs(
         model=model.path,
         trust_remote_code=model.trust_remote_code,
@@ -289,6 +295,12 @@ def _arguments(
         seed=0,
         **own,
     )
+
+
+def _has_latent_attention(model: ModelConfig) -> bool:
+    """DeepSeek's attention, the one family that hands its heads to the rotary embedding one by one."""
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    return getattr(config.get_text_config(), "kv_lora_rank", None) is not None
 
 
 def _parameters(sampling: Sampling, index: int) -> SamplingParams:

@@ -22,7 +22,10 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
 
 from rollout.guard import watch_host
 from rollout.types import TRAILER_NBYTES, trailer
@@ -59,13 +62,15 @@ class SharedMemoryReceiver(WeightTransferEngine[SharedMemoryInit, SharedMemoryUp
         self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: torch.nn.Module
     ) -> None:
         super().__init__(config, vllm_config, device, model)
-        self._wanted = {name for name, _ in model.named_parameters()}  # names a tied parameter once
+        self._wanted = _wanted(model)
         self._tied = _tied_layers(model)
 
     def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
         """Nothing to connect."""
 
     def start_weight_update(self) -> None:
+        if self.device.type == "cpu":
+            _forget_packed_experts(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
@@ -92,12 +97,38 @@ class WorkerExtension:
     """Adds nothing to vLLM's worker; naming it makes vLLM import this module."""
 
 
+def _wanted(model: torch.nn.Module) -> set[str]:
+    """Names of the parameters that a version must bring; a tied one has one name.
+
+    Not those that attention layers make out of others once all are there, nor a router's balancing bias, which never
+    changes and which nobody sends.
+    """
+    layers = (layer for layer in model.modules() if is_deferred_attention_layer(layer))
+    derived = {id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)}
+    named = model.named_parameters()
+    return {name for name, parameter in named if id(parameter) not in derived and not _is_constant(name)}
+
+
+def _forget_packed_experts(model: torch.nn.Module) -> None:
+    """Let the reload make the kernels of experts anew: vLLM 0.32 packs experts for a CPU only when it makes them."""
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if isinstance(method, FusedMoEMethodBase):
+            method.moe_kernel = None
+
+
+def _is_constant(name: str) -> bool:
+    """Whether vLLM's reload leaves this parameter alone."""
+    return name.rpartition(".")[2] in SKIP_LOAD_TENSORS
+
+
 def _tied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Layers that use a parameter of an earlier layer (an output head tied to the embedding)."""
     seen: set[int] = set()
     tied = []
     for layer in model.modules():
-        own = {id(parameter) for parameter in layer.parameters(recurse=False)}
+        named = layer.named_parameters(recurse=False)
+        own = {id(parameter) for name, parameter in named if not _is_constant(name)}
         if own & seen:
             tied.append(layer)
         seen |= own

@@ -154,7 +154,7 @@ def check(parameters: Parameters) -> None:
     starts = [start for start, _ in runs]
     for tensor in parameters.tensors:
         end = tensor.offset + tensor.nbytes
-        if tensor.nbytes != item * int(np.prod(tensor.shape, dtype=np.int64)) or tensor.offset % 64:
+        if tensor.nbytes != item * int(np.prod(tensor.shape, dtype=np.int64)) or tensor.offset % item:
             raise ParametersRefused(f"version {version}: '{tensor.name}' has a wrong length or offset")
         run = bisect_right(starts, tensor.offset) - 1
         if run < 0 or end > runs[run][1]:

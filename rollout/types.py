@@ -98,13 +98,13 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """Where one parameter lies in the packed bytes of a version."""
+    """Where one tensor lies in the packed bytes of a version."""
 
     name: str
-    """Name as the Hugging Face model spells it, e.g. 'model.embed_tokens.weight'."""
+    """Name as the model's checkpoint spells it, e.g. 'model.embed_tokens.weight'."""
     shape: tuple[int, ...]
     offset: int
-    """First byte; a multiple of 64."""
+    """First byte; a multiple of the size of an element."""
     nbytes: int
 
 

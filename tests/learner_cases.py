@@ -31,7 +31,7 @@ SMALL = {
 
 
 def write_model(folder: Path, family: str, **settings: Any) -> Path:
-    """A random model in float32, with weights large enough that attention is far from uniform."""
+    """A random model in float32, with weights large enough that attention and routing are far from uniform."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**SMALL, **settings})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
@@ -41,6 +41,9 @@ def write_model(folder: Path, family: str, **settings: Any) -> Path:
                 parameter.mul_(4)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_()
     model.save_pretrained(folder)
     return folder
 

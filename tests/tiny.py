@@ -7,10 +7,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY = 512
 CHAT_TEMPLATE = (
@@ -41,31 +49,69 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+    "eos_token_id": 0,
+    "bos_token_id": None,
+    "pad_token_id": 1,
+}
+
+
 def config(tie: bool = True, layers: int = 2) -> LlamaConfig:
     """Hidden 128, head_dim 32 (the smallest that vLLM's CPU attention takes), grouped-query attention."""
-    return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=tie,
-        eos_token_id=0,
-        bos_token_id=None,
-        pad_token_id=1,
-    )
+    return LlamaConfig(**COMMON, num_hidden_layers=layers, num_key_value_heads=2, tie_word_embeddings=tie)
 
 
 def write(folder: Path, tie: bool = True, layers: int = 2, seed: int = 0) -> Path:
     """Write a model with random float32 weights and its tokenizer; return the folder."""
+    return _write(folder, config(tie, layers), seed)
+
+
+ROUTING = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True, "tie_word_embeddings": False}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {
+        **ROUTING,
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.446,
+        "q_lora_rank": None,
+        "kv_lora_rank": 512,  # with 64 more the only size of vLLM's latent attention on a CPU
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 32,
+        "num_key_value_heads": 4,
+        "num_nextn_predict_layers": 0,
+    },
+    "qwen3_moe": {**ROUTING, "num_hidden_layers": 2, "num_experts": 8, "head_dim": 32, "num_key_value_heads": 2},
+}
+"""Mixture-of-experts families, the first as Moonlight-16B-A3B sets it: two of eight experts answer for a token."""
+
+
+def write_experts(folder: Path, family: str, seed: int = 0) -> Path:
+    """The same as `write` for a family of EXPERTS, about a million parameters. Routers have a bias where they can."""
+    return _write(folder, AutoConfig.for_model(family, **{**COMMON, **EXPERTS[family]}), seed)
+
+
+def _write(folder: Path, config: PretrainedConfig, seed: int) -> Path:
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config(tie, layers), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(3.0)  # away from the uniform distribution, so that log-probabilities differ
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.1)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

@@ -20,12 +20,14 @@ ANSWER_TIMEOUT_S = 300
 class Ranks:
     """`world` processes with a LearnerRank each. `call` runs a function of the rank in all of them at once."""
 
-    def __init__(self, model: Path, world: int, learner: LearnerConfig, rollout: RolloutConfig) -> None:
+    def __init__(
+        self, model: Path, world: int, learner: LearnerConfig, rollout: RolloutConfig, trust: bool = False
+    ) -> None:
         self.world, self.secret = world, os.urandom(16).hex()
         context = multiprocessing.get_context("spawn")
         self._connections: list[Connection] = []
         self._processes = []
-        settings = (ModelConfig(path=str(model)), learner, rollout)
+        settings = (ModelConfig(path=str(model), trust_remote_code=trust), learner, rollout)
         for _ in range(world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, *settings), daemon=True)

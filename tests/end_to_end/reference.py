@@ -71,9 +71,14 @@ def random_step(seed: int, groups: int = 5, samples: int = 4) -> list[ScoredGrou
 class Reference:
     """The learner's arithmetic on one process."""
 
-    def __init__(self, model: Path, learner: LearnerConfig, rollout: RolloutConfig) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
-        self._start = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    def __init__(self, model: Path, learner: LearnerConfig, rollout: RolloutConfig, trust: bool = False) -> None:
+        # transformers' grouped products of experts do not know float64
+        self.model, self._start = (
+            AutoModelForCausalLM.from_pretrained(
+                model, dtype=torch.float64, experts_implementation="eager", trust_remote_code=trust
+            )
+            for _ in range(2)
+        )
         self._learner, self._rollout = learner, rollout
         parameters = list(self.model.parameters())
         self._optimizer = torch.optim.AdamW(
@@ -90,6 +95,8 @@ class Reference:
         self._optimizer.zero_grad()
         loss = self.loss(groups)
         loss.backward()
+        for parameter in self.model.parameters():  # of an expert that no token was sent to
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._learner.max_grad_norm)
         for group in self._optimizer.param_groups:

@@ -91,15 +91,16 @@ class Run:
         parts = self.ranks.call(LearnerRank.publish, version)
         return replace(parts[0], pieces=tuple(part.pieces[0] for part in parts))
 
-    def state(self, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    def state(self, folder: Path, trust: bool = False) -> dict[str, dict[str, torch.Tensor]]:
         """Whole float32 parameters and moments by name, out of a checkpoint."""
         folder.mkdir()
         self.ranks.call(LearnerRank.save, str(folder))
-        return whole(folder, self.model)
+        return whole(folder, self.model, trust)
 
 
-def whole(folder: Path, model: Path) -> dict[str, dict[str, torch.Tensor]]:
-    shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_pretrained(model).named_parameters()}
+def whole(folder: Path, model: Path, trust: bool) -> dict[str, dict[str, torch.Tensor]]:
+    plain = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=trust)
+    shapes = {name: parameter.shape for name, parameter in plain.named_parameters()}
     names, sizes = tuple(shapes), tuple(shape.numel() for shape in shapes.values())
     host = torch.device("cpu")
     [section] = shards.read(str(folder), 0, 1, [shards.Section(names, sizes, {}, 0.0)], host).sections

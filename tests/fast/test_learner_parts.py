@@ -195,11 +195,11 @@ def test_export_divides_large_models_into_files(tmp_path: Path) -> None:
     assert [names for _, names in files] == [["a", "b"], ["c"], ["d"]]
     assert files[1][0] == "model-00002-of-00003.safetensors"
     tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
-    write_weights(str(tmp_path), specs, iter(tensors.items()), limit=600)
+    write_weights(str(tmp_path), specs, iter(tensors.items()), {"e": torch.arange(3)}, limit=600)
     from safetensors.torch import load_file
 
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    for name, tensor in tensors.items():
+    for name, tensor in {**tensors, "e": torch.arange(3)}.items():
         assert torch.equal(load_file(tmp_path / index["weight_map"][name])[name], tensor)
 
 
