@@ -259,7 +259,7 @@ class ZeroEngine:
             self._config.activation_checkpointing,
         )
         del watched
-        gather_at_once(policy)
+        _gather_at_once(policy)
         return policy
 
     @contextlib.contextmanager
@@ -322,7 +322,7 @@ def _elements(policy: PolicyModel) -> int:
     return sum(parameter.ds_numel for parameter in policy.parameters())
 
 
-def gather_at_once(policy: PolicyModel) -> None:
+def _gather_at_once(policy: PolicyModel) -> None:
     """Tell ZeRO-3 which blocks of the model it must gather as a whole: learner/experts.py says why."""
     from deepspeed.utils import set_z3_leaf_modules
 
