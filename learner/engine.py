@@ -332,7 +332,7 @@ class ZeroEngine:
 
         with self._dividing():
             policy = build_model(*self._loading(self._model_config.path))
-        gather_at_once(policy)
+        _gather_at_once(policy)
         return policy
 
     def _value_model(self, path: str) -> ValueModel:
@@ -342,7 +342,7 @@ class ZeroEngine:
 
         with self._dividing():
             made = build_value_model(*self._loading(path))
-        gather_at_once(made)
+        _gather_at_once(made)
         if made.has_new_head:
             # 0 everywhere at first: no rank's random numbers, and no noise before anything was learned
             with deepspeed.zero.GatheredParameters([made.hf.score.weight], modifier_rank=0):
@@ -366,7 +366,7 @@ class ZeroEngine:
         return ZeroModule(model, self._config, self._rank, self._world, self._device, train)
 
 
-def gather_at_once(model: torch.nn.Module) -> None:
+def _gather_at_once(model: torch.nn.Module) -> None:
     """Tell ZeRO-3 which blocks of the model it must gather as a whole: learner/experts.py says why."""
     from deepspeed.utils import set_z3_leaf_modules
 

@@ -82,7 +82,8 @@ def blocks_of_separate_experts(model: nn.Module) -> set[type[nn.Module]]:
     """Classes of modules whose experts are modules of their own, of which each rank runs those that its tokens need.
 
     ZeRO-3 gathers a module's parameters when it runs, on all ranks together: ranks that run different experts would
-    wait for each other for ever. Experts in one tensor, as in transformers' own models, run on every rank.
+    meet in gathering different parameters, and fail or wait for ever. Experts in one tensor, as in transformers' own
+    models, run on every rank.
     """
     lists = (nn.ModuleList, nn.ModuleDict)
     return {type(module) for module in model.modules() if isinstance(getattr(module, "experts", None), lists)}
