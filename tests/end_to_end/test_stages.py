@@ -54,7 +54,7 @@ def test_stages_run_one_after_the_other_and_go_on_where_they_were_stopped(tiny_m
     checkpoint = grpo / "checkpoints" / "step-000002"
     wait_until(lambda: checkpoint.is_dir() or running.poll() is not None, 400, "a checkpoint of the second stage")
     everybody = family(running.pid)
-    os.kill(running.pid, signal.SIGTERM)
+    os.kill(running.pid, signal.SIGINT)
     assert running.wait(timeout=90) == 130, log.read_text()
     wait_until(lambda: not living(everybody), 30, "the end of every process")
     assert "stage 1-sft: begun" in log.read_text()
