@@ -1,4 +1,7 @@
-"""Every objective from the command line: real Ray, DeepSpeed and, where it samples, vLLM on a tiny model."""
+"""Objectives from the command line: real Ray, DeepSpeed and, where they sample, vLLM on a tiny model.
+
+GRAO is in test_run.py, SFT in test_stages.py.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +20,7 @@ def objectives(folder: Path) -> list[float]:
     return [-step["loss"] for step in lines(folder / "steps.jsonl")]
 
 
-def test_sft_starts_no_engine_and_learns_its_references(tiny_model: Path, tmp_path: Path) -> None:
-    folder, rows = tmp_path / "run", write_rows(tmp_path / "rows.jsonl")
-    learner = {"objective": "sft", "steps": 12, "ranks": 2, "learning_rate": 3e-3}
-    tree = config(tiny_model, folder, rows, learner=learner)
-    del tree["reward"]
-    done = grao("train", write_config(tmp_path / "c.yaml", tree))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "starting 2 learner ranks" in done.stdout
-    found = objectives(folder)
-    assert found[0] < -4  # a random model is about as sure of 12 as of any other token
-    assert found[-1] > -0.5
-    first, last = lines(folder / "evaluations.jsonl")
-    before, after = (record["metrics"]["objective"] for record in (first, last))
-    assert last["intervals"]["objective"][0] <= after <= last["intervals"]["objective"][1]
-    assert "rewards" not in last
-    assert (before < -4, after > -0.5) == (True, True)
-    assert "held-out objective after" in done.stdout
-    assert (folder / "model" / "model.safetensors").is_file()
-    assert not lines(folder / "samples.jsonl")
-
-
-def test_dpo_learns_to_prefer(tiny_model: Path, tmp_path: Path) -> None:
+def test_dpo_starts_no_engine_and_learns_to_prefer(tiny_model: Path, tmp_path: Path) -> None:
     folder, rows = tmp_path / "run", tmp_path / "rows.jsonl"
     pairs = [{"prompt": f"Say {n}", "chosen": "yes", "rejected": f"no, not {n}"} for n in range(40)]
     rows.write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
@@ -48,6 +30,10 @@ def test_dpo_learns_to_prefer(tiny_model: Path, tmp_path: Path) -> None:
     found = objectives(folder)
     assert abs(found[0] + 0.6931) < 1e-3  # log sigmoid(0): the policy is the start model
     assert found[-1] > -0.4
+    assert "starting 2 learner ranks" in done.stdout
+    assert "held-out objective after" in done.stdout
+    assert not lines(folder / "samples.jsonl")
+    assert (folder / "model" / "model.safetensors").is_file()
     last = lines(folder / "evaluations.jsonl")[-1]["metrics"]
     assert last["preference/accuracy"] == 1.0
     assert last["preference/margin"] > 0.5
