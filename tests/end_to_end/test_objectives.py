@@ -92,7 +92,7 @@ def test_a_reward_model_learns_preferences_and_is_exported(tiny_model: Path, tmp
     for answer in ("7 yes", "7 no, not at all"):
         turns = [{"role": "user", "content": "Say 7"}, {"role": "assistant", "content": answer}]
         ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False)["input_ids"]
-        scores.append(float(model(torch.tensor([ids])).logits[0, 0]))
+        scores.append(model(torch.tensor([ids])).logits[0, 0].item())
     assert scores[0] > scores[1] + 1
 
 
