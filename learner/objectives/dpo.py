@@ -17,6 +17,7 @@ import numpy as np
 
 from configs.objectives import DpoObjective
 from learner.objectives.interface import Advantages, Floats, Weighed, per_row
+from learner.objectives.pairs import pair_rows, preference, weighed
 from learner.types import MicroBatch, Row, RowResult
 from reward.types import ScoredGroup
 
@@ -28,31 +29,12 @@ class Dpo:
         self._beta = config.beta
 
     def rows(self, groups: Sequence[ScoredGroup]) -> list[Row]:
-        """Raises ValueError for a prompt without a rejected answer; data without any is refused before a run starts."""
-        found: list[Row] = []
-        for index, scored in enumerate(groups):
-            prompt, share = scored.group.prompt, 1 / len(groups)
-            if prompt.rejected_ids is None:
-                raise ValueError(f"prompt '{prompt.id}' has no rejected answer")
-            found += [
-                Row(group=index, kind="reference", token_ids=prompt.reference_ids, logprobs=None, weight=share),
-                Row(group=index, kind="rejected", token_ids=prompt.rejected_ids, logprobs=None, weight=-share),
-            ]
-        return found
+        return pair_rows(groups)
 
     def weigh(self, batch: MicroBatch, logprobs: Floats, start: Floats) -> Weighed:
         share = per_row(batch, batch.weights.astype(np.float64))  # 1/B of a chosen answer, -1/B of a rejected one
-        log_ratio = per_row(batch, logprobs - start)
-        _, pair = np.unique(np.array(batch.rows, dtype=np.int64) // 2, return_inverse=True)
-        margin = np.bincount(pair, weights=np.sign(share) * log_ratio)[pair] if len(pair) else log_ratio
-        scaled = self._beta * margin
-        slope = share * self._beta * np.exp(-np.logaddexp(0.0, scaled))  # sigmoid(-x) = exp(-log(1 + exp(x)))
-        return Weighed(
-            weights=slope[batch.row_of],
-            gain=np.where(share > 0, -share * np.logaddexp(0.0, -scaled), 0.0),
-            penalty=np.zeros_like(share),
-            clipped=np.zeros_like(share),
-        )
+        slope, gain = preference(batch, share, self._beta * per_row(batch, logprobs - start))
+        return weighed((self._beta * slope)[batch.row_of], gain)
 
     def advantages(self, scored: ScoredGroup) -> Advantages:
         return Advantages(samples=(), reference=0.0, has_signal=True)

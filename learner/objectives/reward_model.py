@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.objectives import RewardModelObjective
-from learner.objectives.interface import Advantages, Floats, Weighed
+from learner.objectives.interface import Advantages, Floats, Weighed, per_row
+from learner.objectives.pairs import pair_rows, preference, weighed
 from learner.types import MicroBatch, Row, RowResult
 from reward.types import ScoredGroup
 
@@ -33,33 +34,14 @@ class RewardModel:
         """There is nothing to set."""
 
     def rows(self, groups: Sequence[ScoredGroup]) -> list[Row]:
-        """Raises ValueError for a prompt without a rejected answer; data without any is refused before a run starts."""
-        found: list[Row] = []
-        for index, scored in enumerate(groups):
-            prompt, share = scored.group.prompt, 1 / len(groups)
-            if prompt.rejected_ids is None:
-                raise ValueError(f"prompt '{prompt.id}' has no rejected answer")
-            chosen, rejected = (*prompt.reference_ids, NEVER_SEEN), (*prompt.rejected_ids, NEVER_SEEN)
-            found += [
-                Row(group=index, kind="reference", token_ids=chosen, logprobs=None, weight=share),
-                Row(group=index, kind="rejected", token_ids=rejected, logprobs=None, weight=-share),
-            ]
-        return found
+        return pair_rows(groups, ending=(NEVER_SEEN,))
 
     def weigh(self, batch: MicroBatch, values: Floats, start: Floats) -> Weighed:
         """`values` f64[M]; there is no start model."""
         last = ends(batch)
-        share = batch.weights[last].astype(np.float64) * np.bincount(batch.row_of, minlength=len(batch.rows))
-        _, pair = np.unique(np.array(batch.rows, dtype=np.int64) // 2, return_inverse=True)
-        margin = np.bincount(pair, weights=np.sign(share) * values[last])[pair] if len(pair) else values[last]
         weights = np.zeros(len(values))
-        weights[last] = share * np.exp(-np.logaddexp(0.0, margin))  # sigmoid(-x) = exp(-log(1 + exp(x)))
-        return Weighed(
-            weights=weights,
-            gain=np.where(share > 0, -share * np.logaddexp(0.0, -margin), 0.0),
-            penalty=np.zeros_like(share),
-            clipped=np.zeros_like(share),
-        )
+        weights[last], gain = preference(batch, per_row(batch, batch.weights.astype(np.float64)), values[last])
+        return weighed(weights, gain)
 
     def advantages(self, scored: ScoredGroup) -> Advantages:
         return Advantages(samples=(), reference=0.0, has_signal=True)
