@@ -36,6 +36,9 @@ class DataConfig(Section):
     """How a row becomes a prompt and a reference; 'auto' decides by the columns of the first row."""
     generator: dict[str, Any] = Field(default_factory=dict)
     """Options of the reasoning-gym generator, e.g. {min_digits: 1}."""
+    rejected: Literal["given", "other_rows"] = "given"
+    """'given' takes what the data hold; 'other_rows', for generated prompts, the answer to another prompt that the
+    generator's verifier scores lower."""
     system: str | None = None
     """System message put before every prompt."""
     train_rows: int | None = Field(default=None, ge=1)
@@ -50,6 +53,13 @@ class DataConfig(Section):
     """'skip' counts and names bad rows; 'refuse' stops before any worker starts."""
     shuffle: bool = True
     """Seeded order, new for every pass over the data."""
+
+    @model_validator(mode="after")
+    def _only_generated(self) -> DataConfig:
+        sources = [self.train, *([] if self.heldout is None else [self.heldout])]
+        if self.rejected == "other_rows" and not all(one.startswith("reasoning_gym:") for one in sources):
+            raise ValueError("rejected: other_rows is for generated prompts (reasoning_gym:NAME); set it to given")
+        return self
 
 
 class RolloutConfig(Section):

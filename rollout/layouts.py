@@ -83,8 +83,9 @@ def _preference(row: Mapping[str, Any]) -> Parts:
 
 
 def _question_answer(row: Mapping[str, Any]) -> Parts:
-    """`question` and `answer` as text (GSM8K)."""
-    return [{"role": "user", "content": _text(row, "question")}], _text(row, "answer"), None
+    """`question` and `answer` as text (GSM8K), and `rejected` where there is one."""
+    rejected = _text(row, "rejected") if "rejected" in row else None
+    return [{"role": "user", "content": _text(row, "question")}], _text(row, "answer"), rejected
 
 
 def _messages(row: Mapping[str, Any]) -> Parts:
@@ -99,7 +100,7 @@ Layout = tuple[Callable[[Mapping[str, Any]], Parts], frozenset[str]]
 LAYOUTS: Mapping[str, Layout] = {
     "dialogue": (_dialogue, frozenset({"id", "chosen", "rejected"})),
     "preference": (_preference, frozenset({"id", "prompt", "chosen", "rejected"})),
-    "question_answer": (_question_answer, frozenset({"id", "question", "answer"})),
+    "question_answer": (_question_answer, frozenset({"id", "question", "answer", "rejected"})),
     "messages": (_messages, frozenset({"id", "messages", "reference"})),
     "reasoning_gym": (_question_answer, frozenset()),
 }

@@ -146,7 +146,9 @@ def _parts(data: DataConfig, seed: int) -> tuple[_Part, _Part]:
 def _read(data: DataConfig, field: str, source: str, split: str, part: str, count: int | None) -> list[Row]:
     if not source.startswith(GENERATOR):
         return read_rows(field, source, split)
-    return generate_rows(field, source, data.generator, generator_seed(part), count or DEFAULT_GENERATED_ROWS)
+    count = count or DEFAULT_GENERATED_ROWS
+    worse = data.rejected == "other_rows"
+    return generate_rows(field, source, data.generator, generator_seed(part), count, worse)
 
 
 def _both_generated(data: DataConfig) -> bool:

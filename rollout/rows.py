@@ -62,11 +62,14 @@ def read_rows(field: str, source: str, split: str) -> list[Row]:
     return rows
 
 
-def generate_rows(field: str, source: str, options: Mapping[str, Any], seed: int, count: int) -> list[Row]:
+def generate_rows(
+    field: str, source: str, options: Mapping[str, Any], seed: int, count: int, with_rejected: bool = False
+) -> list[Row]:
     """`count` rows of 'reasoning_gym:<generator>', the same for the same arguments.
 
     A row has `question`, `answer` and `reasoning_gym`: {"generator", "options", "seed", "entry"}, from which
-    `create_dataset(generator, **options).score_answer(text, entry)` scores an answer. Raises DataError.
+    `create_dataset(generator, **options).score_answer(text, entry)` scores an answer. `with_rejected` adds `rejected`:
+    the next row's answer that scores lower than the row's own. Raises DataError.
     """
     import reasoning_gym
 
@@ -84,10 +87,32 @@ def generate_rows(field: str, source: str, options: Mapping[str, Any], seed: int
     if scores[0] != scores[1]:
         raise DataError(f"{field}: the verifier of '{name}' needs values that JSON cannot hold; take another generator")
     origin = {"generator": name, "options": dict(options), "seed": seed}
-    return [
-        {"question": entry["question"], "answer": entry["answer"], "reasoning_gym": {**origin, "entry": entry}}
-        for entry in entries
-    ]
+    rows: list[Row] = []
+    for number, entry in enumerate(entries):
+        worse = {"rejected": _worse_answer(field, name, dataset, entries, number)} if with_rejected else {}
+        row = {"question": entry["question"], "answer": entry["answer"], **worse}
+        rows.append({**row, "reasoning_gym": {**origin, "entry": entry}})
+    return rows
+
+
+def _worse_answer(field: str, name: str, dataset: Any, entries: Sequence[Mapping[str, Any]], number: int) -> str:
+    """The answer of the first row after `number`, going round, that its verifier scores lower than its own."""
+    entry = entries[number]
+    try:
+        own = dataset.score_answer(entry["answer"], entry)
+        for step in range(1, len(entries)):
+            other = entries[(number + step) % len(entries)]["answer"]
+            if dataset.score_answer(other, entry) < own:
+                return str(other)
+    except Exception as error:  # a verifier may stumble over an answer to another question
+        raise DataError(
+            f"data.rejected: the verifier of '{name}' fails on the answer of another row ({one_line(error)}); set it"
+            " to given"
+        ) from error
+    raise DataError(
+        f"data.rejected: no row of '{name}' has an answer that is wrong for row {number}; raise data.train_rows or"
+        f" vary data.generator ({field})"
+    )
 
 
 def _check_options(field: str, name: str, options: Mapping[str, Any]) -> None:

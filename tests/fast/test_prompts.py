@@ -252,6 +252,25 @@ def test_generated_prompts_carry_what_their_verifier_needs() -> None:
         assert made[origin["entry"]["metadata"]["source_index"]]["answer"] == prompt.reference_text
 
 
+def test_a_generated_prompt_can_have_the_answer_to_another_one_as_rejected() -> None:
+    import reasoning_gym
+
+    options = {"max_terms": 2, "max_digits": 1}  # few results, so that the next row's answer is often right here too
+    prompts = load("reasoning_gym:chain_sum", generator=options, train_rows=300, heldout_rows=4, rejected="other_rows")
+    without = load("reasoning_gym:chain_sum", generator=options, train_rows=300, heldout_rows=4)
+    answers = {prompt.reference_text for prompt in prompts.train}
+    for prompt, plain in zip(prompts.train, without.train, strict=True):
+        origin = prompt.extra["reasoning_gym"]
+        made = reasoning_gym.create_dataset(origin["generator"], seed=origin["seed"], **origin["options"])
+        assert prompt.rejected_text in answers
+        assert prompt.rejected_ids is not None
+        assert made.score_answer(prompt.rejected_text, origin["entry"]) < 1.0
+        assert (plain.rejected_text, plain.text, plain.reference_text) == (None, prompt.text, prompt.reference_text)
+    assert len(prompts.train) > 50
+    with pytest.raises(DataError, match=r"data.rejected: no row of 'chain_sum' has an answer that is wrong for row 0"):
+        load("reasoning_gym:chain_sum", generator=options, train_rows=1, heldout_rows=0, rejected="other_rows")
+
+
 def test_generated_prompts_follow_the_seed_but_held_out_ones_do_not() -> None:
     first, again, other = (load("reasoning_gym:gcd", seed, train_rows=20, heldout_rows=5) for seed in (1, 1, 2))
     assert first == again
