@@ -27,8 +27,8 @@ LOCAL_OBJECT_STORE = 512 * 2**20  # groups are small; parameters never pass thro
 
 
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
-"""For a rank on CPU. ZeRO-3 gathers and drops gigabytes in every step; glibc would give each piece back to the kernel and
-get it back page by page, zeroed: a quarter of the step of a model with 135M parameters."""
+"""For a rank on CPU. ZeRO-3 gathers and drops gigabytes in every step; glibc would give each piece back to the kernel
+and get it back page by page, zeroed: a quarter of the step of a model with 135M parameters."""
 
 
 class PlacementError(RuntimeError):
@@ -130,7 +130,7 @@ class Cluster:
                 group,
                 index,
                 self._plan.rank,
-                threads=config.learner.cpus_per_rank,
+                threads=config.learner.threads,
                 more={} if self._plan.rank.gpus else KEEP_FREED_MEMORY,
             )
         )

@@ -22,7 +22,7 @@ from cluster.run_state import RunState
 from cluster.signals import cancel_on_signals
 from cluster.transport import connect
 from configs.schema import Config
-from learner.objectives.build import build_objective
+from learner.objectives.build import build_objective, objective_at
 from learner.objectives.interface import Objective
 from learner.types import RankReport, RowResult
 from reward.types import ScoredGroup
@@ -164,7 +164,7 @@ class Run:
         self, step: int, groups: Sequence[ScoredGroup], reports: Sequence[RankReport], seconds: Mapping[str, float]
     ) -> None:
         """Record one update everywhere it is shown."""
-        report = step_report(step, groups, reports, self.objective, seconds)
+        report = step_report(step, groups, reports, objective_at(step, self.config.learner), seconds)
         report = replace(report, metrics={**report.metrics, **await self.rewards.counts()})
         self.metrics.step(report)
         if self.config.run.write_samples and groups[0].group.samples:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -12,6 +12,10 @@ class Section(BaseModel):
 
 
 class ObjectiveBase(Section):
+    def at(self, progress: float) -> Self:
+        """The settings when `progress` of the run's updates are done, from 0 at the first update to 1 at the last."""
+        return self
+
     @property
     def online(self) -> bool:
         """Whether it trains on samples of the policy; else no rollout and no reward worker is started."""
@@ -76,12 +80,23 @@ class GraoObjective(RatioObjective):
     """Weight of the exploration term."""
     beta: float = Field(default=0.5, ge=0)
     """Weight of the imitation term."""
+    beta_end: float | None = Field(default=None, ge=0)
+    """beta goes in a straight line from `beta` at the first update to this at the last; null keeps it."""
     lambda_: float = Field(default=0.6, ge=0, alias="lambda")
     """Weight of the alignment regulariser."""
     advantage_group: Literal["samples_and_reference", "samples"] = "samples_and_reference"
     """Over which rewards mean and std are taken: the G samples and the reference, or the G samples alone."""
     temperature: Literal["rollout", "one"] = "rollout"
     """Whose log-probabilities enter J: the sampled distribution's, as the policy gradient needs, or temperature 1."""
+    advantage_clip: float | None = Field(default=None, gt=0)
+    """Advantages are cut to [-advantage_clip, advantage_clip]; null leaves them."""
+    negative_scale: float = Field(default=1.0, ge=0, le=1)
+    """Factor of every weight below 0; with 0 nothing is made less likely."""
+
+    def at(self, progress: float) -> Self:
+        if self.beta_end is None:
+            return self
+        return self.model_copy(update={"beta": self.beta + (self.beta_end - self.beta) * progress})
 
     @property
     def loss_temperature(self) -> Literal["rollout", "one"]:
@@ -89,7 +104,7 @@ class GraoObjective(RatioObjective):
 
     @model_validator(mode="after")
     def _some_term(self) -> GraoObjective:
-        if self.alpha == self.beta == self.lambda_ == 0:
+        if self.alpha == self.beta == self.lambda_ == 0 and not self.beta_end:
             raise ValueError("alpha, beta and lambda are all 0, so nothing would be learned; raise one")
         if self.temperature == "one" and (self.clip is not None or self.importance_cap is not None):
             raise ValueError("clip and importance_cap compare with the rollout; they need temperature: rollout")

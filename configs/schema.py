@@ -135,7 +135,10 @@ class LearnerConfig(Section):
     transport: Literal["shared_memory", "nccl", "ipc"] = "shared_memory"
     """How parameters reach the engines: shared memory with a network path (CPU), NCCL or CUDA IPC (GPU)."""
     cpus_per_rank: float = Field(default=1, gt=0)
-    """CPUs Ray reserves for one rank; on CPU also its threads (at least one)."""
+    """CPUs Ray reserves for one rank."""
+    threads_per_rank: int | None = Field(default=None, ge=1)
+    """Threads a rank computes with on CPU; null: the whole CPUs that are reserved, at least one. More are faster where
+    engines and ranks take turns (max_staleness: 0) and cores are left."""
     step_timeout_s: float = Field(default=3600, gt=0)
     """Longest time of one update."""
 
@@ -146,6 +149,11 @@ class LearnerConfig(Section):
         if isinstance(given, str):
             return {"name": given}
         return {"name": "grao", **given} if isinstance(given, dict) else given
+
+    @property
+    def threads(self) -> int:
+        """Threads of one rank on CPU."""
+        return self.threads_per_rank or max(1, int(self.cpus_per_rank))
 
     @property
     def keeps_start_model(self) -> bool:

@@ -240,7 +240,7 @@ class ZeroEngine:
             self._device = torch.device("cuda", local_rank % torch.cuda.device_count())
             torch.cuda.set_device(self._device)
         else:
-            torch.set_num_threads(max(1, int(self._config.cpus_per_rank)))
+            torch.set_num_threads(self._config.threads)
         self._meet(address, port)
         shards.seed_all(seed + rank)
         objective = self._config.objective

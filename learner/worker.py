@@ -17,7 +17,7 @@ from configs.schema import LearnerConfig, ModelConfig, RolloutConfig
 from learner.errors import LearnerError
 from learner.layout import Parts, as_parts, pack
 from learner.network import free_port, own_address
-from learner.objectives.build import build_objective
+from learner.objectives.build import build_objective, objective_at
 from learner.packing import plan
 from learner.passes import PolicyPasses, ScorePasses, Settings
 from learner.results import first_not_finite
@@ -95,6 +95,7 @@ class LearnerRank:
         norm is not finite.
         """
         begun = time.perf_counter()
+        self._objective = objective_at(step, self._learner)
         rows = self._objective.rows(groups)
         prompts = _prompts(groups)
         batches = self._plan(rows, prompts)

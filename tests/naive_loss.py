@@ -32,10 +32,20 @@ def _grao(o: GraoObjective, scored: ScoredGroup, policy: LogProbs, start: LogPro
     mean, std = float(np.mean(pool)), float(np.std(pool))
     if std == 0:
         return torch.zeros((), dtype=torch.float64)
-    a = [(reward - mean) / std for reward in scored.rewards]
-    a_y = (scored.reference_reward - mean) / std
+    limit = float("inf") if o.advantage_clip is None else o.advantage_clip
+    a = [float(np.clip((reward - mean) / std, -limit, limit)) for reward in scored.rewards]
+    a_y = float(np.clip((scored.reference_reward - mean) / std, -limit, limit))
     j_y = policy(prompt.token_ids, prompt.reference_ids).mean()
-    count, total = len(a), o.beta * a_y * j_y
+    count = len(a)
+    if o.negative_scale != 1:  # is about whole weights, so here they are collected
+        c_y = o.beta * a_y - o.lambda_ / count * sum(a)
+        total = (c_y if c_y > 0 else o.negative_scale * c_y) * j_y
+        for a_i, sample in zip(a, scored.group.samples, strict=True):
+            lp = policy(prompt.token_ids, sample.token_ids)
+            c_i = (o.alpha + o.lambda_) * a_i / count * (1 if a_i > 0 else o.negative_scale)
+            total = total + c_i * _surrogate(o, lp, torch.tensor(sample.logprobs, dtype=torch.float64), a_i)
+        return total
+    total = o.beta * a_y * j_y
     for a_i, sample in zip(a, scored.group.samples, strict=True):
         lp = policy(prompt.token_ids, sample.token_ids)
         # the sign of the sample's whole weight decides on which side its ratio is clipped

@@ -22,9 +22,10 @@ that group, its formula does not, so both readings are offered:
 
 Where the paper is silent: std = 0 means all advantages are 0; such a group has no signal, gives no rows, and still
 counts. The one global count that every weight is divided by is the number of groups of the step, those without signal
-included. Off-policy samples can be clipped or capped by learner/objectives/ratio.py, which the paper does not do and
-which is off by default. Samples that are all equal do carry signal (in the default reading) where the reference scores
-differently.
+included. Samples that are all equal do carry signal (in the default reading) where the reference scores differently.
+
+Not in the paper and off by default: off-policy samples are clipped or capped (learner/objectives/ratio.py), advantages
+are cut to [-a, a] before weights are formed, weights below 0 are scaled, beta moves over the run.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from configs.objectives import GraoObjective
@@ -65,7 +67,12 @@ class Grao:
         self.weigh: Weigh | None = None if linear else ratio_of(config)
 
     def advantages(self, scored: ScoredGroup) -> Advantages:
-        return advantages(scored.rewards, scored.reference_reward, self._config.advantage_group)
+        found = advantages(scored.rewards, scored.reference_reward, self._config.advantage_group)
+        clip = self._config.advantage_clip
+        if clip is None:
+            return found
+        samples = tuple(max(-clip, min(clip, each)) for each in found.samples)
+        return replace(found, samples=samples, reference=max(-clip, min(clip, found.reference)))
 
     def rows(self, groups: Sequence[ScoredGroup]) -> list[Row]:
         """Samples in order, then the reference.
@@ -77,18 +84,17 @@ class Grao:
             prompt, samples = scored.group.prompt, scored.group.samples
             advantage = self.advantages(scored)
             of_sample = (self._config.alpha + self._config.lambda_) / (len(samples) * len(groups))
-            of_reference = sum(self._reference_factors(len(samples))) / len(groups)
             found += [
                 Row(
                     group=index,
                     kind="sample",
                     token_ids=sample.token_ids,
                     logprobs=sample.logprobs,
-                    weight=of_sample * a,
+                    weight=self._limited(of_sample * a),
                 )
                 for sample, a in zip(samples, advantage.samples, strict=True)
             ]
-            weight = of_reference * advantage.reference
+            weight = self._limited(sum(self._reference_parts(advantage)) / len(groups))
             found.append(
                 Row(group=index, kind="reference", token_ids=prompt.reference_ids, logprobs=None, weight=weight)
             )
@@ -106,7 +112,7 @@ class Grao:
                 exploration += gain * self._config.alpha / samples_total
                 regulariser += gain * self._config.lambda_ / samples_total
             else:
-                imitates, regularises = self._reference_factors(len(groups[row.group].rewards))
+                imitates, regularises = self._reference_parts(self.advantages(groups[row.group]))
                 imitation += gain * imitates / (imitates + regularises)
                 regulariser += gain * regularises / (imitates + regularises)
         return {"exploration": exploration, "imitation": imitation, "regulariser": regulariser}
@@ -116,10 +122,15 @@ class Grao:
         clipped = math.fsum(result.clipped for result in results.values())
         return {"ratio/clipped": clipped / tokens if tokens else math.nan} if self.weigh else {}
 
-    def _reference_factors(self, samples: int) -> tuple[float, float]:
-        """What A_y is multiplied by in c_y: the imitation's share and the regulariser's.
+    def _limited(self, weight: float) -> float:
+        return weight if weight >= 0 else weight * self._config.negative_scale
 
-        Uses the exact value of sum_i A_i (-A_y or 0) instead of adding up rounded advantages.
+    def _reference_parts(self, advantage: Advantages) -> tuple[float, float]:
+        """The imitation's share of c_y and the regulariser's.
+
+        Where advantages are not clipped sum_i A_i is known (-A_y or 0): adding up would round.
         """
         joint = self._config.advantage_group == "samples_and_reference"
-        return self._config.beta, self._config.lambda_ / samples if joint else 0.0
+        known = -advantage.reference if joint else 0.0
+        total = known if self._config.advantage_clip is None else math.fsum(advantage.samples)
+        return self._config.beta * advantage.reference, -self._config.lambda_ / len(advantage.samples) * total

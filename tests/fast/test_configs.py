@@ -106,6 +106,8 @@ def test_an_objective_is_a_name_or_a_section() -> None:
             ["learner.objective=dpo", "evaluation.answers=samples", "reward=null"],
             "'reward' is missing, and evaluation.answers: samples needs it; add it",
         ),
+        (["data.rejected=other_rows"], "is for generated prompts (reasoning_gym:NAME); set it to given"),
+        (["learner.objective.negative_scale=-1"], "should be greater than or equal to 0"),
         (["nonsense"], "must look like section.key=value"),
         (["model.path=null"], "'model.path' is null"),
         (["reward.rewards.0.kind=exakt"], "'exakt'"),

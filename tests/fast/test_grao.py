@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.objectives import GraoObjective
+from configs.schema import LearnerConfig
 from learner.objectives import grao
+from learner.objectives.build import objective_at
 from learner.objectives.grao import Grao
 from tests.learner_cases import group, random_group, row_result
 
@@ -121,6 +123,49 @@ def test_terms_are_the_papers(reading: Any, coefficients: tuple[float, ...]) -> 
     gains = {index: row_result(index, row.weight * j[row.token_ids]) for index, row in enumerate(rows)}
     found = Grao(objective).terms(groups, rows, gains)
     assert found == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_terms_with_clipped_advantages_are_the_papers_with_those(reading: Any) -> None:
+    objective = GraoObjective(advantage_group=reading, advantage_clip=0.8)
+    draw = random.Random(2)
+    groups = [random_group(draw, samples=6), random_group(draw, samples=6)]
+    j = {ids: -draw.random() for one in groups for ids in _answers(one)}
+    wanted = dict.fromkeys(("exploration", "imitation", "regulariser"), 0.0)
+    for scored in groups:
+        a = grao.advantages(scored.rewards, scored.reference_reward, reading)
+        cut = [min(0.8, max(-0.8, each)) for each in (*a.samples, a.reference)]
+        assert cut != [*a.samples, a.reference]
+        *samples, reference = (j[ids] for ids in _answers(scored))
+        pairs = list(zip(cut, samples, strict=False))
+        wanted["exploration"] += statistics.fmean(a_i * j_i for a_i, j_i in pairs) / 2
+        wanted["imitation"] += 0.5 * cut[-1] * reference / 2
+        wanted["regulariser"] += 0.6 * statistics.fmean(a_i * (j_i - reference) for a_i, j_i in pairs) / 2
+    rows = Grao(objective).rows(groups)
+    gains = {index: row_result(index, row.weight * j[row.token_ids]) for index, row in enumerate(rows)}
+    assert Grao(objective).terms(groups, rows, gains) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_without_negative_weights_nothing_is_made_less_likely() -> None:
+    scored = group([5], [[6], [7]], [8], [1.0, 0.0], 0.0)
+    rows = Grao(GraoObjective(negative_scale=0.0)).rows([scored])
+    assert [row.token_ids for row in rows] == [(6,)]
+    scaled, plain = (Grao(GraoObjective(negative_scale=scale)).rows([scored]) for scale in (0.25, 1.0))
+    assert [row.weight for row in scaled] == pytest.approx(
+        [plain[0].weight, plain[1].weight / 4, plain[2].weight / 4], abs=0
+    )
+
+
+def test_beta_moves_from_the_first_update_to_the_last() -> None:
+    def weight(step: int, steps: int, objective: GraoObjective) -> float:
+        learner = LearnerConfig(objective=objective, steps=steps, warmup_steps=0)
+        (row,) = objective_at(step, learner).rows([group([5], [[6], [7]], [8], [0.0, 0.0], 1.0)])[2:]
+        return row.weight
+
+    moving = GraoObjective(beta=0.5, beta_end=0.1, lambda_=0.0)
+    for step, beta in ((1, 0.5), (3, 0.3), (5, 0.1), (9, 0.1)):
+        assert weight(step, 5, moving) == pytest.approx(weight(1, 5, GraoObjective(beta=beta, lambda_=0.0)))
+    assert weight(1, 1, moving) == pytest.approx(weight(1, 1, GraoObjective(beta=0.5, lambda_=0.0)))
 
 
 def _answers(scored: Any) -> list[tuple[int, ...]]:

@@ -48,6 +48,18 @@ def test_every_coefficient_and_both_readings(untied: Case, coefficients: tuple[f
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
 
 
+@pytest.mark.parametrize("reading", ["samples_and_reference", "samples"])
+@pytest.mark.parametrize(
+    "limits",
+    [{"advantage_clip": 0.6}, {"negative_scale": 0.0}, {"advantage_clip": 1.0, "negative_scale": 0.3, "clip": 0.2}],
+)
+def test_limits_of_advantages_and_of_negative_weights(untied: Case, limits: dict[str, float], reading: Any) -> None:
+    groups = some_groups(seed=1)
+    limited, _ = untied.check(groups, GraoObjective(advantage_group=reading, **limits))
+    plain, _ = untied.check(groups, GraoObjective(advantage_group=reading, clip=limits.get("clip")))
+    assert limited != pytest.approx(plain, rel=1e-3)
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
 def test_tied_embeddings_and_temperatures(tied: Case, temperature: float) -> None:
     assert "lm_head.weight" not in dict(tied.policy.hf.named_parameters())

@@ -10,7 +10,8 @@ import pytest
 
 from cluster.main import main
 from cluster.trials import planned, split
-from configs.load import ConfigError, load
+from configs.load import ConfigError, read_yaml
+from configs.stages import as_stages
 from tests.comparison_runs import tree, write_config, write_run
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "configs" / "compare"
@@ -148,9 +149,17 @@ def test_a_report_can_be_made_again_from_what_is_there(tmp_path: Path, capsys: p
 
 
 def test_the_examples_train_equally_much_and_differ_in_their_objective_alone() -> None:
-    configs = {file.stem: load(file) for file in sorted(EXAMPLES.glob("*.yaml"))}
+    examples = {file.stem: as_stages(read_yaml(file)).stages for file in sorted(EXAMPLES.glob("*.yaml"))}
+    first, second = (stage.config for stage in examples.pop("sft_then_grpo"))
+    configs = {name: only.config for name, (only,) in examples.items()}
     names = {config.learner.objective.name for config in configs.values()}
-    assert {"sft", "grpo", "grao"} <= names
+    assert {"sft", "dpo", "ppo", "grpo", "grao"} == names
+    assert (first.learner.objective, second.learner) == (
+        configs["sft"].learner.objective,
+        configs["grpo"].learner.model_copy(update={"steps": second.learner.steps}),
+    )
+    assert first.learner.steps + second.learner.steps == configs["grpo"].learner.steps
+    assert (first.data, second.rollout) == (configs["grpo"].data, configs["grpo"].rollout)
     for config in configs.values():
         same = config.model_copy(
             update={
