@@ -257,6 +257,10 @@ def _set_environment(rollout: RolloutConfig, device: Device, transport: Transpor
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         os.environ["OMP_NUM_THREADS"] = str(max(1, int(rollout.cpus_per_worker)))
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would overrule rollout.kv_cache_gib
+        if rollout.tensor_parallel == 1:
+            # The engine's process computes by itself. Else vLLM starts one more for that, so that OMP settings differ,
+            # which ours do not: 10 s more to start, and a core that spins while it waits for each token.
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if transport == "ipc":
         # GPU memory handles travel pickled, from our own learner ranks on this node
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"

@@ -319,7 +319,7 @@ async def test_untied_model_incomplete_version_and_close(tmp_path: Path) -> None
     publisher.close()
 
     pids = worker.pids()
-    assert len(alive(pids)) == 2
+    assert len(alive(pids)) == 1
     await worker.close()
     assert alive(pids) == []
     await worker.close()
@@ -369,7 +369,7 @@ async def test_no_process_outlives_a_killed_host(tiny_model: Path, tmp_path: Pat
         assert host.returncode is None
         await asyncio.sleep(0.1)
     pids = [int(pid) for pid in told.read_text().split()]
-    assert len(alive(pids)) == 2
+    assert len(alive(pids)) == 1
     host.kill()
     await host.wait()
     assert await gone(pids)
