@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -95,6 +96,15 @@ def steps_to(outcome: Outcome, target: Target) -> int | None:
     """The first evaluated step at which the run's score reaches the target; None where none does."""
     close = 1e-9 * max(1.0, abs(target.value))  # the target is a sum: equal on paper is reached
     return next((step for step, score in outcome.heldout if score >= target.value - close), None)
+
+
+def largest_fall(curve: Curve) -> float:
+    """How far a score was below the best that the run had reached before, where that is most; 0 if it never fell."""
+    best, fall = -math.inf, 0.0
+    for _, score in curve:
+        best = max(best, score)
+        fall = max(fall, best - score)
+    return fall
 
 
 def full_grao(configs: Mapping[str, Config]) -> str | None:

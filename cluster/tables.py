@@ -16,6 +16,7 @@ from cluster.comparison import (
     by_seed,
     configs_of,
     full_grao,
+    largest_fall,
     paired,
     sensitivity,
     steps_to,
@@ -137,8 +138,9 @@ def speed(methods: Methods, target: Target | None) -> Table:
             cells[name, f"less that of {full}"] = cell(paired(outcomes, methods[full], SCORE))
         if target is not None:
             cells[name, "steps to 90%"] = _steps_cell(outcomes, target)
+        cells[name, "largest fall"] = cell(by_seed(outcomes, lambda one: largest_fall(one.heldout)))
         cells |= {(name, what): cell(by_seed(outcomes, count), 0) for what, count in counts}
-    columns = ("final score", f"less that of {full}", "steps to 90%", *(what for what, _ in counts))
+    columns = ("final score", f"less that of {full}", "steps to 90%", "largest fall", *(what for what, _ in counts))
     return Table(
         name="speed",
         title="Final score and steps to 90% of the best score",

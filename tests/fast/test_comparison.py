@@ -141,6 +141,13 @@ def test_the_way_is_measured_from_the_start_model_also_below_zero(tmp_path: Path
     assert steps_to(read_outcome("m", 0, tmp_path / "m" / "seed-0"), target) == 2
 
 
+def test_the_largest_fall_is_taken_from_the_best_before_it(tmp_path: Path) -> None:
+    write_run(tmp_path, "m", 0, [[0.9], [0.5], [0.7]])  # the way up again does not count
+    write_run(tmp_path, "m", 1, [[0.2], [0.3], [0.6]])
+    write_run(tmp_path, "m", 2, [[0.2], [0.8], [0.7]])
+    assert_is(report(tmp_path, {"m": [0, 1, 2]})["speed", "m", "largest fall"], [0.4, 0.0, 0.1])
+
+
 def test_where_nobody_beats_the_start_model_there_is_no_target(tmp_path: Path) -> None:
     write_run(tmp_path, "m", 0, [[1.0], [0.5], [1.0]])
     found = report(tmp_path, {"m": [0]})
