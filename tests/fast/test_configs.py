@@ -167,6 +167,11 @@ def test_every_field_is_explained() -> None:
             assert not silent, f"{name} has fields without a docstring: {silent}"
 
 
+def test_a_rank_has_as_many_threads_as_whole_cpus_unless_it_is_told() -> None:
+    given = [[], ["learner.cpus_per_rank=0.5"], ["learner.cpus_per_rank=2.5"], ["learner.threads_per_rank=2"]]
+    assert [parse(SMALL, one).learner.threads for one in given] == [1, 1, 2, 2]
+
+
 def test_the_number_of_settings_grows_only_on_purpose() -> None:
     assert len(list(field_names())) <= 90
 
