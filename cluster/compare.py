@@ -1,4 +1,4 @@
-"""`grao compare`: methods x seeds, one run after the other in a process of its own, then the report.
+"""`grao compare`: methods x seeds, each run in a process of its own, one or several at once, then the report.
 
 OUT/
     NAME/seed-K/        the run folder of a method and a seed
@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +36,17 @@ class ComparisonError(RuntimeError):
     """Runs of a comparison that failed, or a comparison that cannot start. One line."""
 
 
-async def compare_methods(trials: Sequence[Trial], out: Path, command: str, drop_checkpoints: bool) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manner:
+    """How runs are made."""
+
+    at_once: int = 1
+    """Runs at the same time."""
+    drop_checkpoints: bool = False
+    """Delete a run's checkpoints once its model is exported."""
+
+
+async def compare_methods(trials: Sequence[Trial], out: Path, command: str, manner: Manner) -> None:
     """Run what is not finished, then report. `command` is shown in the report.
 
     Raises ComparisonError, after the report, where runs failed; and whatever can be refused before the first run.
@@ -48,7 +59,7 @@ async def compare_methods(trials: Sequence[Trial], out: Path, command: str, drop
         raise ComparisonError(f"--out: {error}") from error
     try:
         check_startable(trials)
-        failed = await _run_all(trials, drop_checkpoints)
+        failed = await _run_all(trials, manner)
     finally:
         lock.unlock()
     if len(failed) < len(trials):
@@ -69,29 +80,41 @@ def report(trials: Sequence[Trial], out: Path, command: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
-async def _run_all(trials: Sequence[Trial], drop_checkpoints: bool) -> dict[str, str]:
+async def _run_all(trials: Sequence[Trial], manner: Manner) -> dict[str, str]:
     """The causes of the runs that failed, by name."""
     failed: dict[str, str] = {}
     console = Console(highlight=False)
+    gate = asyncio.Semaphore(manner.at_once)  # lets in who came first
     shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*shown, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(trials))
-        # all methods of a seed before the next seed: whatever is done at any time can be compared
-        for number, trial in enumerate(sorted(trials, key=lambda one: one.seed), start=1):
-            began, state = time.monotonic(), trial.state()
-            try:
-                if state != "finished":
-                    await _run(trial, state, lambda text: progress.update(task, description=text))
-                score = read_outcome(trial.method, trial.seed, trial.folder).heldout[-1][1]
-                said = f"held-out reward {score:.3f}, {'was finished' if state == 'finished' else _elapsed(began)}"
-                if drop_checkpoints:
-                    _drop_checkpoints(trial)
-            except (ComparisonError, OutcomeError, RunFolderError) as error:
-                failed[trial.name] = str(error)
-                said = f"failed: {error}"
+
+        async def turn(number: int, trial: Trial) -> None:
+            async with gate:
+                try:
+                    said = await _result(trial, manner, lambda text: progress.update(task, description=text))
+                except (ComparisonError, OutcomeError, RunFolderError) as error:
+                    failed[trial.name] = str(error)
+                    said = f"failed: {error}"
             console.print(f"{number:>3}/{len(trials)}  {trial.name}: {said}", markup=False, soft_wrap=True)
-            progress.update(task, completed=number)
+            progress.advance(task)
+
+        async with asyncio.TaskGroup() as turns:
+            # all methods of a seed before the next seed: whatever is done at any time can be compared
+            for number, trial in enumerate(sorted(trials, key=lambda one: one.seed), start=1):
+                turns.create_task(turn(number, trial))
     return failed
+
+
+async def _result(trial: Trial, manner: Manner, say: Callable[[str], None]) -> str:
+    """Bring a run to its end if it is not there yet; its score in words."""
+    began, state = time.monotonic(), trial.state()
+    if state != "finished":
+        await _run(trial, state, say)
+    score = read_outcome(trial.method, trial.seed, trial.folder).heldout[-1][1]
+    if manner.drop_checkpoints:
+        _drop_checkpoints(trial)
+    return f"held-out reward {score:.3f}, {'was finished' if state == 'finished' else _elapsed(began)}"
 
 
 async def _run(trial: Trial, state: Literal["new", "begun"], say: Callable[[str], None]) -> None:

@@ -81,6 +81,7 @@ def _add_compare(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all methods")
     sub.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each method: seeds 0 to N-1")
     sub.add_argument("--out", default="runs/compare", help="folder for the runs and the report")
+    sub.add_argument("--at-once", type=int, default=1, metavar="N", help="runs at the same time; each has its own Ray")
     sub.add_argument("--drop-checkpoints", action="store_true", help="delete them once a run's model is exported")
     sub.add_argument("--report-only", action="store_true", help="report the runs that are there; run nothing")
     sub.set_defaults(command=_compare)
@@ -139,18 +140,21 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     def go() -> None:
-        from cluster.compare import compare_methods, report
+        from cluster.compare import Manner, compare_methods, report
         from cluster.trials import planned, split
 
         given = [*options.configs, *options.overrides]
         configs, overrides = split(given)
         out = Path(options.out)
         command = shlex.join(["grao", "compare", *given, "--seeds", str(options.seeds), "--out", str(out)])
+        if options.at_once < 1:
+            raise ConfigError(f"--at-once is {options.at_once}; give 1 or more")
         trials = planned(configs, overrides, options.seeds, out)
         if options.report_only:
             report(trials, out, command)
         else:
-            _until_interrupted(compare_methods(trials, out, command, options.drop_checkpoints))
+            manner = Manner(at_once=options.at_once, drop_checkpoints=options.drop_checkpoints)
+            _until_interrupted(compare_methods(trials, out, command, manner))
 
     _guarded(go)
 

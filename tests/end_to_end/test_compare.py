@@ -39,7 +39,7 @@ def test_a_comparison_goes_on_where_it_was_stopped_and_reports(tiny_model: Path,
     assert "Traceback" not in stopped
 
     too_large = f"{first}:rollout.workers=99"
-    done = grao("compare", *methods, too_large, *arguments)
+    done = grao("compare", *methods, too_large, *arguments, "--at-once", "2")
     assert done.returncode == 1
     assert "going on from checkpoint step-0000" in (out / "grao" / "seed-0.log").read_text()
     assert [step["step"] for step in lines(out / "grao" / "seed-0" / "steps.jsonl")] == list(range(1, STEPS + 1))

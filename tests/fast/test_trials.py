@@ -121,6 +121,12 @@ def test_two_methods_of_one_name_and_no_seeds_are_refused(tmp_path: Path) -> Non
         planned([config], [], 0, tmp_path)
 
 
+def test_no_runs_at_once_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["compare", *files(tmp_path, a=tree()), "--out", str(tmp_path), "--at-once", "0"])
+    assert "--at-once is 0; give 1 or more" in capsys.readouterr().err
+
+
 def test_a_config_that_changed_since_its_run_began_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
