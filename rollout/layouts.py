@@ -84,7 +84,7 @@ def _preference(row: Mapping[str, Any]) -> Parts:
 
 def _question_answer(row: Mapping[str, Any]) -> Parts:
     """`question` and `answer` as text (GSM8K), and `rejected` where there is one."""
-    rejected = _text(row, "rejected") if "rejected" in row else None
+    rejected = None if row.get("rejected") is None else _text(row, "rejected")
     return [{"role": "user", "content": _text(row, "question")}], _text(row, "answer"), rejected
 
 

@@ -52,6 +52,8 @@ def transcript(*texts: str) -> str:
         ("preference", {"prompt": "q", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, [USER], "a", "b"),
         ("preference", {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, [USER], "a", "b"),
         ("question_answer", {"question": "q", "answer": "a"}, [USER], "a", None),
+        ("question_answer", {"question": "q", "answer": "a", "rejected": "b"}, [USER], "a", "b"),
+        ("question_answer", {"question": "q", "answer": "a", "rejected": None}, [USER], "a", None),
         ("messages", {"messages": [SYSTEM, USER], "reference": "a"}, [SYSTEM, USER], "a", None),
         ("messages", {"messages": [USER, ANSWER, USER, OTHER]}, [USER, ANSWER, USER], "b", None),
     ],
