@@ -81,7 +81,7 @@ def _add_compare(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all methods")
     sub.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each method: seeds 0 to N-1")
     sub.add_argument("--out", default="runs/compare", help="folder for the runs and the report")
-    sub.add_argument("--at-once", type=int, default=1, metavar="N", help="runs at the same time; each has its own Ray")
+    sub.add_argument("--at-once", type=int, default=1, metavar="N", help="runs at the same time")
     sub.add_argument("--drop-checkpoints", action="store_true", help="delete them once a run's model is exported")
     sub.add_argument("--report-only", action="store_true", help="report the runs that are there; run nothing")
     sub.set_defaults(command=_compare)
