@@ -270,6 +270,20 @@ def test_steps_equal_the_plain_reference(run: Run, tmp_path: Path) -> None:
             assert relative(state["master"][name], parameter.detach()) < 1e-5, name
 
 
+def test_the_last_step_has_the_beta_that_the_run_ends_with(run: Run) -> None:
+    run.reset()
+    run.ranks.call(use_objective, OBJECTIVE.model_copy(update={"beta_end": 3.0}))
+    try:
+        reports = run.step(LEARNER.steps, random_step(1))
+    finally:
+        run.ranks.call(use_objective, OBJECTIVE)
+    ended = LEARNER.model_copy(update={"objective": OBJECTIVE.model_copy(update={"beta": 3.0})})
+    _, norm, _ = Reference(run.model, ended, ROLLOUT).step(LEARNER.steps, random_step(1))
+    _, constant, _ = Reference(run.model, LEARNER, ROLLOUT).step(LEARNER.steps, random_step(1))
+    assert norm != pytest.approx(constant, rel=1e-2)
+    assert [report.grad_norm for report in reports] == pytest.approx([norm] * len(reports), rel=1e-5)
+
+
 def test_rows_say_what_the_reference_says(run: Run) -> None:
     run.reset()
     reference = Reference(run.model, LEARNER, ROLLOUT)
