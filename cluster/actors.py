@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 
 from learner.types import RankReport, RowResult
 from reward.types import ScoredGroup, ScoreRequest
@@ -19,6 +19,8 @@ from rollout.worker import EngineDead
 
 CLOSE_TIMEOUT_S = 20.0
 
+DEATHS = (RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError)
+
 Answer = TypeVar("Answer")
 
 
@@ -26,7 +28,15 @@ def is_death(error: BaseException) -> bool:
     """Whether an error of a call means that the worker has to be replaced."""
     if isinstance(error, RayTaskError):
         return isinstance(error.cause, EngineDead)
-    return isinstance(error, RayActorError)
+    return isinstance(error, DEATHS)
+
+
+def death_in_words(error: BaseException) -> str:
+    """One line on how a worker ended."""
+    if isinstance(error, OutOfMemoryError):
+        first = " ".join(str(error).split("\n", 1)[0].split())
+        return f"its node ran out of memory, and Ray ended workers there ({first[:300]})"
+    return " ".join(str(error).split())[:300]
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -181,8 +191,8 @@ class ScoringActors:
             return await answer
         except RayTaskError as error:
             raise cause_of(error) from error
-        except RayActorError as error:
-            said = " ".join(str(error).split())[:300]
+        except DEATHS as error:
+            said = death_in_words(error)
             raise RewardError(f"scoring actors of {self.field} keep dying, the last one of: {said}") from error
 
 

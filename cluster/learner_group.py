@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from cluster.actors import RemoteRank, cause_of, share
+from cluster.actors import RemoteRank, cause_of, death_in_words, is_death, share
 from learner.types import RankReport, RowResult
 from reward.types import ScoredGroup
 from rollout.types import Parameters
@@ -101,6 +101,11 @@ class LearnerGroup:
                 " the workers' logs"
             ) from error
         except Exception as error:
+            if is_death(error):
+                raise LearnerGroupError(
+                    f"a learner rank died: {death_in_words(error)}. 'grao resume FOLDER' goes on from the run's last"
+                    " checkpoint; for memory, lower learner.tokens_per_micro_batch or give the ranks more nodes"
+                ) from error
             cause = cause_of(error)
             if cause is error:
                 raise
