@@ -7,7 +7,7 @@ MODEL := models/SmolLM2-135M-Instruct
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help quickstart install test test-fast test-end-to-end check format clean
+.PHONY: help quickstart install test test-fast test-end-to-end peer bench check format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -28,6 +28,18 @@ test-fast: install  ## tests without an engine, under 2 minutes
 
 test-end-to-end: install  ## real Ray, vLLM and DeepSpeed on tiny models
 	@$(BIN)/python -m pytest tests/end_to_end -q
+
+peer: install  ## TRL for benchmarks/versus_trl.py, into .peer (it needs nothing that .venv does not have)
+	@test -d .peer/trl || $(BIN)/python -m pip install --quiet --no-deps --target .peer trl==1.16.0
+
+bench: install $(MODEL)/config.json peer  ## every benchmark with its table; about half an hour on 2 cores
+	@$(BIN)/python -m benchmarks.learner --shape hh --json runs/bench/learner-hh.json
+	@$(BIN)/python -m benchmarks.learner --shape gsm8k --json runs/bench/learner-gsm8k.json
+	@$(BIN)/python -m benchmarks.head --json runs/bench/head.json
+	@$(BIN)/python -m benchmarks.memory --json runs/bench/memory.json
+	@$(BIN)/python -m benchmarks.zero3 --json runs/bench/zero3.json
+	@$(BIN)/python -m benchmarks.versus_trl --shape hh --json runs/bench/versus-trl-hh.json
+	@$(BIN)/python -m benchmarks.versus_trl --shape gsm8k --groups 1 --json runs/bench/versus-trl-gsm8k.json
 
 check: install  ## format, lint and types
 	@$(BIN)/ruff format --check .

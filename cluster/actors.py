@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 
-from learner.types import RankReport, RowResult
+from learner.types import LearnerFacts, RankReport, RowResult
 from reward.types import ScoredGroup, ScoreRequest
 from reward.worker import RewardError
 from rollout.types import Group, Parameters, Prompt, Sampling
@@ -105,9 +105,7 @@ class RemoteRank:
     async def host(self) -> tuple[str, int]:
         return await self.actor.host.remote()
 
-    async def start(
-        self, rank: int, world: int, local_rank: int, address: str, port: int, secret: str
-    ) -> dict[str, int]:
+    async def start(self, rank: int, world: int, local_rank: int, address: str, port: int, secret: str) -> LearnerFacts:
         return await self.actor.start.remote(rank, world, local_rank, address, port, secret)
 
     async def join(self, client: Any, address: str, port: int, world: int) -> None:

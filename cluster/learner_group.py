@@ -25,6 +25,8 @@ class LearnerGroup:
         self._secret = secret
         self._timeout = step_timeout_s
         self.parameters = 0
+        self.note: str | None = None
+        """What the user should know of the model, in one line."""
 
     async def start(self, one_node: bool) -> None:
         """Rendezvous at rank 0 and load the model. Raises the first rank's error.
@@ -40,7 +42,7 @@ class LearnerGroup:
             starts.append(rank.start(number, len(self._ranks), seen[host], address, port, self._secret))
             seen[host] += 1
         facts = await self._all(starts)
-        self.parameters = facts[0]["parameters"]
+        self.parameters, self.note = facts[0].parameters, facts[0].note
 
     async def meeting(self) -> tuple[str, int]:
         """An address and a free port on rank 0's node."""

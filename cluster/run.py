@@ -204,6 +204,8 @@ async def open_run(
             starting.create_task(rollouts.fleet.start())
             starting.create_task(rewards.fleet.start())
             starting.create_task(_start_learner(learner, cluster.nodes == 1, checkpoints, state))
+        if learner.note:
+            report.note(learner.note)
         await connect(config, rollouts.fleet, learner)
         metrics = MetricsWriter(folder)
         stack.callback(metrics.close)

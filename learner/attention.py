@@ -33,6 +33,8 @@ HARMLESS = frozenset({"position_ids", "use_cache", "output_attentions", "output_
 """Keywords that models hand to their attention function and that do not change what it computes."""
 EXACT_LAYERS = frozenset({"full_attention", "attention", "sliding_attention"})
 """Layer types in which nothing but attention carries information from one position to another."""
+SINKS = frozenset({"gpt_oss"})
+"""Model types whose softmax has one more, learned, term."""
 
 
 class ModelError(LearnerError):
@@ -261,17 +263,27 @@ def _window_only(
     return None if local_size is None else torch.tensor(local_size)
 
 
-def check_attention(config: PretrainedConfig) -> None:
-    """Refuse, before weights are loaded, a model whose attention could not be computed exactly. Raises ModelError."""
+def why_separate(config: PretrainedConfig) -> str | None:
+    """What in a model's config keeps answers from sharing their prompt's computation exactly; None for nothing."""
     settings = config.get_text_config().to_dict()
-    name = f"model.path: {config.model_type}"
     other = sorted(set(settings.get("layer_types") or ()) - EXACT_LAYERS)
     if other:
-        raise ModelError(f"{name} has layers of type {other[0]}, in which answers of one prompt cannot be kept apart")
+        return f"has layers of type {other[0]}, in which answers of one prompt cannot be kept apart"
     if settings.get("attn_logit_softcapping") is not None:
-        raise ModelError(f"{name} caps attention scores (attn_logit_softcapping), which is not supported")
+        return "caps attention scores (attn_logit_softcapping)"
+    if config.model_type in SINKS:
+        return "has attention sinks"
+    return None
+
+
+def refuse_later_tokens(config: PretrainedConfig) -> None:
+    """Raises ModelError for a model that is not causal."""
+    settings = config.get_text_config().to_dict()
     if settings.get("is_causal") is False or settings.get("use_bidirectional_attention"):
-        raise ModelError(f"{name} attends to later tokens, so it cannot be trained on next-token probabilities")
+        raise ModelError(
+            f"model.path: {config.model_type} attends to later tokens, so it cannot be trained on next-token"
+            " probabilities; use another model"
+        )
 
 
 AttentionInterface.register(NAME, attend)

@@ -67,6 +67,14 @@ class ZeroModule(Generic[Out]):
         settings = zero_settings(self.elements, world, learner)
         self._engine, *_ = deepspeed.initialize(model=model.requires_grad_(train), optimizer=optimizer, config=settings)
         self._engine.train(train)
+        with self.untraced():
+            model.check_isolation(device)
+
+    @property
+    def why_separate(self) -> str | None:
+        """Why each sequence is computed by itself, with the model's type; None where prompts are shared."""
+        why = self._model.why_separate
+        return None if why is None else f"{self.hf.config.model_type} {why}"
 
     def forward_backward(self, batches: Sequence[MicroBatch], weigh: Weigh | None, *settings: Any) -> list[Out]:
         """Add the gradients of `batches` (the same number on every rank) to what `update` will use.
@@ -207,7 +215,7 @@ class ZeroModule(Generic[Out]):
     def _tensors(self, batch: MicroBatch) -> Any:
         from learner.model import to_tensors
 
-        return to_tensors(batch, self._device)
+        return to_tensors(batch, self._device, self._model.shares_prompts)
 
     def _named(self) -> Iterator[tuple[str, Any]]:
         for name, parameter in self._model.named_parameters():
@@ -246,13 +254,18 @@ class ZeroEngine:
         objective = self._config.objective
         trained = self._value_model(self._model_config.path) if objective.trains_scores else self._policy()
         self.model = self._divided(trained, train=True)
-        with self.model.untraced():
-            trained.check_isolation(self._device)
         if objective.critic_of is not None:
-            self.critic = self._divided(self._value_model(objective.critic_of or self._model_config.path), train=True)
+            critic = self._value_model(objective.critic_of or self._model_config.path)
+            self.critic = self._divided(critic, train=True)
         if self._config.keeps_start_model:
             self.start_model = self._divided(self._policy(), train=False)
         return self.model.elements
+
+    @property
+    def why_separate(self) -> str | None:
+        """Why each sequence is computed by itself, of the first model that is so; None where prompts are shared."""
+        models = [one for one in (self.model, self.critic, self.start_model) if one is not None]
+        return next((one.why_separate for one in models if one.why_separate is not None), None)
 
     def largest(self, value: int) -> int:
         """The largest of all ranks' values."""

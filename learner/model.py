@@ -15,9 +15,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from configs.schema import Dtype
-from learner.attention import NAME, ModelError, SharedMap, check_attention, shared_map
+from learner.attention import NAME, ModelError, SharedMap, refuse_later_tokens, shared_map, why_separate
 from learner.head import HeadOutput, LossHead, Weigh
 from learner.packing import plan
+from learner.padded import PaddedMap, padded_map
 from learner.types import MicroBatch, Row
 
 TORCH_DTYPE: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -35,8 +36,8 @@ class MicroBatchTensors(NamedTuple):
     """i64[1, N]"""
     positions: torch.Tensor
     """i64[1, N]"""
-    shared_map: SharedMap
-    """Who attends to whom."""
+    layout: SharedMap | PaddedMap
+    """Who attends to whom where prompts are shared, else where the sequences stand in a padded batch."""
     predict_at: torch.Tensor
     """i64[M]"""
     targets: torch.Tensor
@@ -45,12 +46,15 @@ class MicroBatchTensors(NamedTuple):
     """f32[M]"""
 
 
-def to_tensors(batch: MicroBatch, device: torch.device) -> MicroBatchTensors:
-    """Copy a planned micro-batch to a device and work out its attention, once for all layers."""
+def to_tensors(batch: MicroBatch, device: torch.device, share_prompts: bool = True) -> MicroBatchTensors:
+    """Copy a planned micro-batch to a device and work out its attention, once for all layers.
+
+    `share_prompts` is the model's; without it the micro-batch must have been planned without.
+    """
     return MicroBatchTensors(
         token_ids=torch.from_numpy(batch.token_ids)[None].to(device),
         positions=torch.from_numpy(batch.positions)[None].to(device),
-        shared_map=shared_map(batch.segments, device),
+        layout=(shared_map if share_prompts else padded_map)(batch.segments, device),
         predict_at=torch.from_numpy(batch.predict_at).to(device),
         targets=torch.from_numpy(batch.targets).to(device),
         weights=torch.from_numpy(batch.weights).to(device),
@@ -63,17 +67,24 @@ class PackedModel(nn.Module, Generic[Out]):
     `hf` is the Hugging Face model, under its own state-dict names (here they have 'hf.' before them).
     """
 
-    def __init__(self, hf: PreTrainedModel) -> None:
+    def __init__(self, hf: PreTrainedModel, why_separate: str | None) -> None:
         super().__init__()
         self.hf = hf
+        self.why_separate = why_separate
+        """Why each sequence is computed by itself; None where a group's rows share their prompt."""
+
+    @property
+    def shares_prompts(self) -> bool:
+        return self.why_separate is None
 
     def hidden(self, decoder: nn.Module, tensors: MicroBatchTensors) -> torch.Tensor:
         """[M, D] the decoder's last hidden states that predict the targets."""
+        layout = tensors.layout
+        if isinstance(layout, PaddedMap):
+            states = decoder(input_ids=tensors.token_ids[0][layout.source], use_cache=False).last_hidden_state
+            return states.flatten(0, 1).index_select(0, layout.slot[tensors.predict_at])
         decoded = decoder(
-            input_ids=tensors.token_ids,
-            position_ids=tensors.positions,
-            use_cache=False,
-            shared_map=tensors.shared_map,
+            input_ids=tensors.token_ids, position_ids=tensors.positions, use_cache=False, shared_map=layout
         )
         return decoded.last_hidden_state[0].index_select(0, tensors.predict_at)
 
@@ -89,11 +100,25 @@ class PackedModel(nn.Module, Generic[Out]):
         return self
 
     def check_isolation(self, device: torch.device) -> None:
-        """Refuse a model in which an answer's numbers change when another answer shares its prompt.
+        """Make sure that an answer's numbers do not change when another answer is computed beside it.
 
         Catches what no look at the config can: code that passes state between positions beside attention, or counts
-        positions itself. Two tiny forward passes; under ZeRO-3 every rank must call it. Raises ModelError.
+        positions itself. Such a model computes each sequence by itself from then on. A few tiny forward passes; under
+        ZeRO-3 every rank must call it. Raises ModelError where not even that helps.
         """
+        difference = self._difference_in_company(device)
+        if difference is not None and self.shares_prompts and self.hf._can_set_attn_implementation():
+            self.why_separate = f"gives an answer other {difference} when another answer shares its prompt"
+            self.hf.set_attn_implementation("sdpa" if self.hf._supports_sdpa else "eager")
+            difference = self._difference_in_company(device)
+        if difference is not None:
+            raise ModelError(
+                f"model.path: {self.hf.config.model_type} gives an answer other {difference} when another answer is"
+                " computed beside it; use another model"
+            )
+
+    def _difference_in_company(self, device: torch.device) -> str | None:
+        """What differs, in words; None where it is rounding alone."""
         raise NotImplementedError
 
     def _answer_alone_and_in_company(self, device: torch.device) -> Iterator[tuple[MicroBatchTensors, torch.Tensor]]:
@@ -101,8 +126,9 @@ class PackedModel(nn.Module, Generic[Out]):
         prompt, answer, other = (1, 2, 3), (4, 5, 6, 7), (11, 10, 9, 8, 7)
         for answers in ((answer,), (other, answer)):
             rows = [Row(group=0, kind="reference", token_ids=ids, logprobs=None, weight=1.0) for ids in answers]
-            [[batch]] = plan(rows, [prompt], ranks=1, token_budget=64)
-            yield to_tensors(batch, device), torch.from_numpy(batch.row_of) == len(answers) - 1
+            [[batch]] = plan(rows, [prompt], ranks=1, token_budget=64, share_prompts=self.shares_prompts)
+            own = [place for place, row in enumerate(batch.rows) if row == len(answers) - 1]
+            yield to_tensors(batch, device, self.shares_prompts), torch.from_numpy(batch.row_of == own[0])
 
 
 class PolicyModel(PackedModel[HeadOutput]):
@@ -128,22 +154,13 @@ class PolicyModel(PackedModel[HeadOutput]):
         )
 
     @torch.no_grad()
-    def check_isolation(self, device: torch.device) -> None:
+    def _difference_in_company(self, device: torch.device) -> str | None:
         found = [
             self(tensors, 1.0, 1.0, chunk=64).logprobs.cpu()[answer]
             for tensors, answer in self._answer_alone_and_in_company(device)
         ]
         worst = float((found[0] - found[1]).abs().max())
-        if not worst <= ISOLATION_TOLERANCE[self.hf.dtype]:
-            raise leak(self.hf.config, f"log-probabilities (by {worst:.2g})")
-
-
-def leak(config: PretrainedConfig, what: str) -> ModelError:
-    """What to say of a model that does not keep the answers of a prompt apart."""
-    return ModelError(
-        f"model.path: {config.model_type} gives an answer other {what} when another answer shares its prompt; its code"
-        " carries state across positions beside attention"
-    )
+        return None if worst <= ISOLATION_TOLERANCE[self.hf.dtype] else f"log-probabilities (by {worst:.2g})"
 
 
 def build_model(path: str, dtype: Dtype, trust_remote_code: bool, activation_checkpointing: bool) -> PolicyModel:
@@ -153,9 +170,8 @@ def build_model(path: str, dtype: Dtype, trust_remote_code: bool, activation_che
     Dropout is set to 0, in the model's config too. Raises ModelError for a model that could not be trained exactly.
     """
     config, own_code = config_of(path, trust_remote_code)
-    hf, absent = load_packed(AutoModelForCausalLM, path, config, dtype, own_code)
+    hf, absent, why = load_packed(AutoModelForCausalLM, path, config, dtype, own_code)
     refuse_absent(path, absent)
-    check_decoder(hf, hf.get_decoder())
     if not isinstance(hf.get_output_embeddings(), nn.Linear):
         raise ModelError(f"model.path: {hf.config.model_type} does not end in a linear layer over the vocabulary")
     scale, softcap = _logit_options(config)
@@ -163,7 +179,7 @@ def build_model(path: str, dtype: Dtype, trust_remote_code: bool, activation_che
     hf.set_output_embeddings(LossHead(hf.get_output_embeddings(), scale, softcap))
     if activation_checkpointing:
         checkpoint_activations(hf)
-    policy = PolicyModel(hf)
+    policy = PolicyModel(hf, why)
     return policy.train()
 
 
@@ -190,27 +206,50 @@ def config_of(path: str, trust_remote_code: bool) -> tuple[PretrainedConfig, boo
 
 def load_packed(
     auto: Any, path: str, config: PretrainedConfig, dtype: Dtype, own_code: bool
-) -> tuple[PreTrainedModel, list[str]]:
-    """A model of transformers' class `auto` with our attention and no dropout, and its parameters without weights.
+) -> tuple[PreTrainedModel, list[str], str | None]:
+    """A model of transformers' class `auto` without dropout, its parameters without weights, and `why_separate`.
 
-    Raises ModelError for a model that could not be trained exactly.
+    Where prompts can be shared it has our attention, else its own. Raises ModelError for a model that is not causal.
     """
-    check_attention(config)
+    refuse_later_tokens(config)
     _without_dropout(config)
-    try:
+    why = why_separate(config)
+
+    def load(attention: str | None) -> tuple[PreTrainedModel, list[str]]:
         hf, loading = auto.from_pretrained(
             path,
             config=config,
             dtype=TORCH_DTYPE[dtype],
-            attn_implementation=NAME,
+            attn_implementation=attention,
             trust_remote_code=own_code,
             output_loading_info=True,
         )
-    except KeyError as error:
-        if error.args != (NAME,):
-            raise
-        raise _no_replacement(config) from error  # older families look the name up in a table of their own
-    return hf, sorted(loading["missing_keys"])
+        return hf, sorted(loading["missing_keys"])
+
+    if why is None:
+        try:
+            hf, absent = load(NAME)
+            if _asks_for_attention(hf):
+                return hf, absent, None
+        except KeyError as error:  # older families look the name up in a table of their own
+            if error.args != (NAME,):
+                raise
+        why, config._attn_implementation = "does not let its attention be replaced", None
+    return *load(_own_attention(config)), why
+
+
+def _own_attention(config: PretrainedConfig) -> str | None:
+    """The model's own, None for transformers' choice; which does not know that `sdpa` leaves a soft cap out."""
+    return "eager" if config.get_text_config().to_dict().get("attn_logit_softcapping") is not None else None
+
+
+def _asks_for_attention(hf: PreTrainedModel) -> bool:
+    """Whether the model's code asks transformers for its attention function and hands keywords through to it."""
+    takes_any = (
+        any(one.kind is one.VAR_KEYWORD for one in inspect.signature(module.forward).parameters.values())
+        for module in (hf.base_model, hf.get_decoder())
+    )
+    return bool(hf.is_backend_compatible()) and all(takes_any)
 
 
 def refuse_absent(path: str, absent: Sequence[str]) -> None:
@@ -219,25 +258,12 @@ def refuse_absent(path: str, absent: Sequence[str]) -> None:
         raise ModelError(f"model.path: '{path}' has no weights for {absent[0]} and {len(absent) - 1} more parameters")
 
 
-def _no_replacement(config: PretrainedConfig) -> ModelError:
-    return ModelError(
-        f"model.path: {config.model_type} does not let its attention be replaced (transformers' AttentionInterface)"
-    )
-
-
 def _without_dropout(config: PretrainedConfig) -> None:
     """Set every dropout of a Hugging Face config to 0."""
     text = config.get_text_config()
     for name, value in text.to_dict().items():
         if isinstance(value, float) and "drop" in name:
             setattr(text, name, 0.0)
-
-
-def check_decoder(hf: PreTrainedModel, decoder: nn.Module) -> None:
-    """The model's code must ask for its attention function and hand keywords through to it. Raises ModelError."""
-    keywords = inspect.signature(decoder.forward).parameters.values()
-    if not hf.is_backend_compatible() or not any(one.kind is one.VAR_KEYWORD for one in keywords):
-        raise _no_replacement(hf.config)
 
 
 def _logit_options(config: PretrainedConfig) -> tuple[float, float | None]:

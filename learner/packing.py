@@ -1,9 +1,10 @@
 """Which rows are computed together, and where: a pure plan made alike on every rank.
 
 A group's rows share one layout, [prompt | row 0 | row 1 | ...]; each row but its last token, whose hidden state would
-predict nothing. Layouts go into micro-batches of at most the token budget. Every rank gets the same number of
-micro-batches, because ZeRO-3's ranks gather parameters together; the k-th ones of all ranks cost about the same,
-because they wait for each other.
+predict nothing. For a model in which prompts cannot be shared, each row has its prompt to itself, and a micro-batch is
+a padded batch (learner/padded.py). Layouts go into micro-batches of at most the token budget. Every rank gets the same
+number of micro-batches, because ZeRO-3's ranks gather parameters together; the k-th ones of all ranks cost about the
+same, because they wait for each other.
 """
 
 from __future__ import annotations
@@ -38,6 +39,13 @@ class _Layout:
     """Indices into the step's list of rows, ascending."""
     positions: int
     cost: float
+    longest: int
+    """Positions of its longest sequence where each row has its prompt to itself; 0 where they share it."""
+
+    @property
+    def blocks(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Each prompt as it is computed, and the rows behind it."""
+        return [(self.prompt, (row,)) for row in self.rows] if self.longest else [(self.prompt, self.rows)]
 
     @property
     def order(self) -> tuple[float, tuple[int, ...]]:
@@ -54,9 +62,16 @@ class _Bin:
     cost: float = 0.0
 
     def add(self, layout: _Layout) -> None:
+        self.positions = self.with_one_more(layout)
         self.layouts.append(layout)
-        self.positions += layout.positions
         self.cost += layout.cost
+
+    def with_one_more(self, layout: _Layout) -> int:
+        """Positions that it would have, padding included."""
+        if not layout.longest:
+            return self.positions + layout.positions
+        members = [*self.layouts, layout]
+        return sum(len(one.rows) for one in members) * max(one.longest for one in members)
 
 
 def plan(
@@ -65,15 +80,20 @@ def plan(
     ranks: int,
     token_budget: int,
     whole_groups: bool = False,
+    share_prompts: bool = True,
 ) -> tuple[tuple[MicroBatch, ...], ...]:
     """Divide a step's rows: [rank][k], the same k (at least 1) on every rank, every row exactly once.
 
     `prompts` are token ids by group index. A micro-batch has at most `token_budget` positions. Where there is nothing
     left for a rank, its micro-batch has no rows and no targets, and one position so that the forward pass runs.
-    `whole_groups` keeps a group's rows in one micro-batch, for a loss that couples them.
+    `whole_groups` keeps a group's rows in one micro-batch, for a loss that couples them. Without `share_prompts` each
+    row has its prompt to itself, and the budget counts a micro-batch's rows times its longest sequence.
     Raises PackingError for a row that no micro-batch can hold, ValueError for an empty prompt or row.
     """
-    layouts = _layouts(rows, prompts, token_budget)
+    if share_prompts:
+        layouts = _shared_layouts(rows, prompts, token_budget)
+    else:
+        layouts = _separate_layouts(rows, prompts, token_budget, whole_groups)
     if whole_groups:
         _refuse_parts(layouts, rows, token_budget)
     best = _deal(_pack(layouts, ranks, token_budget), ranks)
@@ -83,41 +103,66 @@ def plan(
     return tuple(tuple(_micro_batch(best[k][rank].layouts, rows) for k in range(len(best))) for rank in range(ranks))
 
 
-def _layouts(rows: Sequence[Row], prompts: Sequence[tuple[int, ...]], budget: int) -> list[_Layout]:
-    """One layout a group where it fits the budget, else as few as first-fit needs, longest rows first."""
+def _members(rows: Sequence[Row], prompts: Sequence[tuple[int, ...]]) -> dict[int, list[int]]:
+    """Indices of rows by group, the longest first."""
     members: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
         if not row.token_ids or not prompts[row.group]:
             raise ValueError(f"row {index} of group {row.group}: an answer and its prompt have at least one token each")
         members.setdefault(row.group, []).append(index)
+    return {
+        group: sorted(each, key=lambda index: (-len(rows[index].token_ids), index)) for group, each in members.items()
+    }
+
+
+def _shared_layouts(rows: Sequence[Row], prompts: Sequence[tuple[int, ...]], budget: int) -> list[_Layout]:
+    """One layout a group where it fits the budget, else as few as first-fit needs, longest rows first."""
     layouts = []
-    for group, indices in members.items():
+    for group, indices in _members(rows, prompts).items():
         prompt = prompts[group]
         room = budget - len(prompt)
         parts: list[tuple[int, list[int]]] = []
-        for index in sorted(indices, key=lambda index: (-len(rows[index].token_ids), index)):
+        for index in indices:
             need = len(rows[index].token_ids) - 1
-            if need > room:
-                raise PackingError(
-                    f"learner.tokens_per_micro_batch is {budget}, but a row of group {group} needs"
-                    f" {len(prompt) + need} positions; raise it to that or more"
-                )
+            _refuse_row(rows[index], len(prompt) + need, budget)
             fit = next((k for k, (used, _) in enumerate(parts) if used + need <= room), None)
             if fit is None:
                 parts.append((need, [index]))
             else:
                 parts[fit] = (parts[fit][0] + need, [*parts[fit][1], index])
-        layouts += [_layout(prompt, part, rows) for _, part in parts]
+        layouts += [_layout(prompt, part, rows, shared=True) for _, part in parts]
     return layouts
 
 
+def _separate_layouts(
+    rows: Sequence[Row], prompts: Sequence[tuple[int, ...]], budget: int, whole_groups: bool
+) -> list[_Layout]:
+    """One layout a row, or one a group."""
+    layouts = []
+    for group, indices in _members(rows, prompts).items():
+        _refuse_row(rows[indices[0]], len(prompts[group]) + len(rows[indices[0]].token_ids) - 1, budget)
+        parts = [indices] if whole_groups else [[index] for index in indices]
+        layouts += [_layout(prompts[group], part, rows, shared=False) for part in parts]
+    return layouts
+
+
+def _refuse_row(row: Row, need: int, budget: int) -> None:
+    if need > budget:
+        raise PackingError(
+            f"learner.tokens_per_micro_batch is {budget}, but a row of group {row.group} needs {need} positions;"
+            " raise it to that or more"
+        )
+
+
 def _refuse_parts(layouts: Sequence[_Layout], rows: Sequence[Row], budget: int) -> None:
-    """Raises PackingError where a group fell into several layouts."""
+    """Raises PackingError where a group fell into several layouts, or its one layout is too large."""
     seen: set[int] = set()
     for layout in layouts:
         group = rows[layout.rows[0]].group
-        if group in seen:
-            need = len(layout.prompt) + sum(len(row.token_ids) - 1 for row in rows if row.group == group)
+        if group in seen or layout.positions > budget:
+            need = layout.positions
+            if group in seen:
+                need = len(layout.prompt) + sum(len(row.token_ids) - 1 for row in rows if row.group == group)
             raise PackingError(
                 f"learner.tokens_per_micro_batch is {budget}, but group {group}, whose rows belong together, needs"
                 f" {need} positions; raise it to that or more"
@@ -125,17 +170,19 @@ def _refuse_parts(layouts: Sequence[_Layout], rows: Sequence[Row], budget: int) 
         seen.add(group)
 
 
-def _layout(prompt: tuple[int, ...], indices: Sequence[int], rows: Sequence[Row]) -> _Layout:
+def _layout(prompt: tuple[int, ...], indices: Sequence[int], rows: Sequence[Row], shared: bool) -> _Layout:
     lengths = [len(rows[index].token_ids) - 1 for index in indices]
-    positions = len(prompt) + sum(lengths)
-    pairs = len(prompt) ** 2 / 2 + sum(length * (len(prompt) + length / 2) for length in lengths)
+    longest = 0 if shared else len(prompt) + max(lengths)
+    positions = len(prompt) + sum(lengths) if shared else len(lengths) * longest
+    computed = 1 if shared else len(lengths)
+    pairs = computed * len(prompt) ** 2 / 2 + sum(length * (len(prompt) + length / 2) for length in lengths)
     cost = positions + pairs / PAIRS_PER_POSITION
-    return _Layout(prompt=prompt, rows=tuple(sorted(indices)), positions=positions, cost=cost)
+    return _Layout(prompt=prompt, rows=tuple(sorted(indices)), positions=positions, cost=cost, longest=longest)
 
 
 def _split_costliest(layouts: Sequence[_Layout], rows: Sequence[Row]) -> list[_Layout]:
     """The same layouts with the costliest that has two rows or more cut in two halves of equal length, nearly."""
-    divisible = [layout for layout in layouts if len(layout.rows) > 1]
+    divisible = [layout for layout in layouts if len(layout.rows) > 1 and not layout.longest]
     if not divisible:
         return list(layouts)
     whole = min(divisible, key=lambda layout: layout.order)
@@ -147,7 +194,7 @@ def _split_costliest(layouts: Sequence[_Layout], rows: Sequence[Row]) -> list[_L
         halves[lighter].append(index)
         lengths[lighter] += len(rows[index].token_ids) - 1
     kept = [layout for layout in layouts if layout is not whole]
-    return kept + [_layout(whole.prompt, half, rows) for half in halves]
+    return kept + [_layout(whole.prompt, half, rows, shared=True) for half in halves]
 
 
 def _pack(layouts: Sequence[_Layout], ranks: int, budget: int) -> list[_Bin]:
@@ -163,7 +210,7 @@ def _pack(layouts: Sequence[_Layout], ranks: int, budget: int) -> list[_Bin]:
 
 def _place(layout: _Layout, bins: Sequence[_Bin], budget: int) -> bool:
     """Put a layout into the cheapest micro-batch with room for it; False where there is none."""
-    fitting = [one for one in bins if one.positions + layout.positions <= budget]
+    fitting = [one for one in bins if one.with_one_more(layout) <= budget]
     if not fitting:
         return False
     min(fitting, key=lambda one: one.cost).add(layout)
@@ -185,41 +232,40 @@ def _duration(rounds: Sequence[Sequence[_Bin]]) -> tuple[int, float]:
 def _micro_batch(layouts: Sequence[_Layout], rows: Sequence[Row]) -> MicroBatch:
     """Lay out positions and targets."""
     if not layouts:
-        layouts = [_Layout(prompt=(0,), rows=(), positions=1, cost=0.0)]
+        layouts = [_Layout(prompt=(0,), rows=(), positions=1, cost=0.0, longest=0)]
+    blocks = [block for layout in layouts for block in layout.blocks]
     token_ids: list[Ints] = []
     positions: list[Ints] = []
     segments: list[tuple[int, int, int]] = []  # layout, row, length
     predict_at: list[Ints] = []
     start = 0
-    for number, layout in enumerate(layouts):
-        length = len(layout.prompt)
+    for number, (prompt, members) in enumerate(blocks):
+        length = len(prompt)
         prompt_end = start + length - 1
-        token_ids.append(np.array(layout.prompt))
+        token_ids.append(np.array(prompt))
         positions.append(np.arange(length))
         segments.append((number, 0, length))
         start += length
-        for place, index in enumerate(layout.rows, start=1):
+        for place, index in enumerate(members, start=1):
             computed = np.array(rows[index].token_ids)[:-1]
             predict_at += [np.array([prompt_end]), np.arange(start, start + len(computed))]
             token_ids.append(computed)
             positions.append(np.arange(length, length + len(computed)))
             segments.append((number, place, len(computed)))
             start += len(computed)
-    members = [rows[index] for layout in layouts for index in layout.rows]
-    lengths = [len(row.token_ids) for row in members]
+    own = [rows[index] for layout in layouts for index in layout.rows]
+    lengths = [len(row.token_ids) for row in own]
     owner, part, count = zip(*segments, strict=True)
     return MicroBatch(
         token_ids=_joined(token_ids, np.int64),
         positions=_joined(positions, np.int64),
         segments=np.repeat(np.array([owner, part], dtype=np.int32), count, axis=1).T.copy(),
         predict_at=_joined(predict_at, np.int64),
-        targets=_joined([np.array(row.token_ids) for row in members], np.int64),
-        weights=np.repeat(np.array([row.weight / len(row.token_ids) for row in members], dtype=np.float32), lengths),
-        kl_weights=np.repeat(
-            np.array([row.kl_weight / len(row.token_ids) for row in members], dtype=np.float32), lengths
-        ),
-        behavior_logprobs=_joined([_behavior(row) for row in members], np.float32),
-        row_of=np.repeat(np.arange(len(members)), lengths),
+        targets=_joined([np.array(row.token_ids) for row in own], np.int64),
+        weights=np.repeat(np.array([row.weight / len(row.token_ids) for row in own], dtype=np.float32), lengths),
+        kl_weights=np.repeat(np.array([row.kl_weight / len(row.token_ids) for row in own], dtype=np.float32), lengths),
+        behavior_logprobs=_joined([_behavior(row) for row in own], np.float32),
+        row_of=np.repeat(np.arange(len(own)), lengths),
         rows=tuple(index for layout in layouts for index in layout.rows),
     )
 

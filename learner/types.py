@@ -119,6 +119,16 @@ class CriticReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerFacts:
+    """What a rank knows of the model once it is loaded."""
+
+    parameters: int
+    """Elements of the whole trained model."""
+    note: str | None
+    """One line for the user, or None."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankReport:
     """What one learner rank returns from a step."""
 

@@ -21,10 +21,8 @@ from learner.head import Weigh
 from learner.model import (
     MicroBatchTensors,
     PackedModel,
-    check_decoder,
     checkpoint_activations,
     config_of,
-    leak,
     load_packed,
     refuse_absent,
 )
@@ -58,8 +56,8 @@ class ScoreHead(nn.Module):
 class ValueModel(PackedModel[ValueOutput]):
     """`hf.score` is a ScoreHead."""
 
-    def __init__(self, hf: PreTrainedModel, has_new_head: bool) -> None:
-        super().__init__(hf)
+    def __init__(self, hf: PreTrainedModel, why_separate: str | None, has_new_head: bool) -> None:
+        super().__init__(hf, why_separate)
         self.has_new_head = has_new_head
         """Whether the folder had no weights for the last layer, so that these mean nothing yet."""
 
@@ -70,14 +68,13 @@ class ValueModel(PackedModel[ValueOutput]):
         return ValueOutput(-(weights * values).sum(), values)
 
     @torch.no_grad()
-    def check_isolation(self, device: torch.device) -> None:
+    def _difference_in_company(self, device: torch.device) -> str | None:
         found = [
             self.hidden(self.hf.base_model, tensors).float()[answer.to(device)]
             for tensors, answer in self._answer_alone_and_in_company(device)
         ]
         worst = float((found[0] - found[1]).abs().max() / found[0].abs().max())
-        if not worst <= ISOLATION_TOLERANCE[self.hf.dtype]:
-            raise leak(self.hf.config, f"hidden states (by {worst:.2g} of the largest)")
+        return None if worst <= ISOLATION_TOLERANCE[self.hf.dtype] else f"hidden states (by {worst:.2g} of the largest)"
 
 
 def build_value_model(path: str, dtype: Dtype, trust_remote_code: bool, activation_checkpointing: bool) -> ValueModel:
@@ -85,11 +82,10 @@ def build_value_model(path: str, dtype: Dtype, trust_remote_code: bool, activati
     config, own_code = config_of(path, trust_remote_code)
     config.num_labels = 1
     try:
-        hf, absent = load_packed(AutoModelForSequenceClassification, path, config, dtype, own_code)
+        hf, absent, why = load_packed(AutoModelForSequenceClassification, path, config, dtype, own_code)
     except ValueError as error:
         raise ModelError(f"model.path: transformers has no sequence classification for {config.model_type}") from error
     refuse_absent(path, [name for name in absent if name != HEAD])
-    check_decoder(hf, hf.base_model)
     if not isinstance(hf.score, nn.Linear) or hf.score.bias is not None:
         raise ModelError(f"model.path: {config.model_type} does not score by a linear layer without bias")
     hf.score = ScoreHead(hf.score)
@@ -99,4 +95,4 @@ def build_value_model(path: str, dtype: Dtype, trust_remote_code: bool, activati
         hf.config.pad_token_id = None
     if activation_checkpointing:
         checkpoint_activations(hf)
-    return ValueModel(hf, has_new_head=HEAD in absent).train()
+    return ValueModel(hf, why, has_new_head=HEAD in absent).train()

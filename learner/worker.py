@@ -22,7 +22,7 @@ from learner.packing import plan
 from learner.passes import PolicyPasses, ScorePasses, Settings
 from learner.results import first_not_finite
 from learner.schedule import learning_rate
-from learner.types import CriticReport, MicroBatch, RankReport, Row, RowResult
+from learner.types import CriticReport, LearnerFacts, MicroBatch, RankReport, Row, RowResult
 from reward.types import ScoredGroup
 from rollout.types import Parameters
 
@@ -62,11 +62,11 @@ class LearnerRank:
         address = own_address()
         return address, free_port(address)
 
-    def start(self, rank: int, world: int, local_rank: int, address: str, port: int, secret: str) -> dict[str, int]:
+    def start(self, rank: int, world: int, local_rank: int, address: str, port: int, secret: str) -> LearnerFacts:
         """Meet the other ranks at rank 0's (address, port) and load the model.
 
         Where `address` is loopback everything stays on this node, the servers for parameters too. `secret` are 32
-        hexadecimal digits, new for every run. Returns {"parameters": elements of the whole model}.
+        hexadecimal digits, new for every run.
         Raises LearnerError or learner.attention.ModelError.
         """
         # Gathered parameters come and go with every micro-batch; in huge pages the kernel spends a quarter of the time
@@ -84,7 +84,13 @@ class LearnerRank:
             here = own_address((address, port))
             self._publisher = Publisher(rank, self._engine.model.shares(), self._rollout.dtype, secret, here, port)
             self._engine.barrier()  # each rank first removes old files, then any may make new ones
-        return {"parameters": parameters}
+        return LearnerFacts(parameters=parameters, note=self._note())
+
+    def _note(self) -> str | None:
+        why = self._engine.why_separate
+        if why is None:
+            return None
+        return f"model.path: {why}: each sequence is computed by itself, in padded batches, which is slower"
 
     def train_step(self, step: int, groups: Sequence[ScoredGroup]) -> RankReport:
         """Step number `step` (1, 2, ...) with all of its groups; this rank computes its share of the rows.
@@ -129,7 +135,7 @@ class LearnerRank:
             for index, scored in enumerate(groups)
             for sample in scored.group.samples
         ]
-        batches = plan(rows, _prompts(groups), self._world, self._learner.tokens_per_micro_batch)[self._rank]
+        batches = self._plan(rows, _prompts(groups))
         at_one = Settings(loss_temperature=1.0, rollout_temperature=1.0, head_chunk=self._learner.head_chunk)
         passes = PolicyPasses(self._engine, self._objective, at_one)
         return tuple((result.row, result.log_ratio_sum) for result in passes.values(batches))
@@ -139,7 +145,8 @@ class LearnerRank:
         if not rows:
             return ()
         budget, together = self._learner.tokens_per_micro_batch, self._learner.objective.keeps_pairs
-        return plan(rows, prompts, self._world, budget, together)[self._rank]
+        shared = self._engine.why_separate is None
+        return plan(rows, prompts, self._world, budget, together, shared)[self._rank]
 
     def _passes(self) -> PolicyPasses | ScorePasses:
         if self._learner.objective.trains_scores:

@@ -62,7 +62,7 @@ def learner(
     rows = method.rows(groups)
     prompts = [scored.group.prompt.token_ids for scored in groups]
     results: dict[int, RowResult] = {}
-    for batches in plan(rows, prompts, ranks, budget, objective.keeps_pairs):
+    for batches in plan(rows, prompts, ranks, budget, objective.keeps_pairs, policy.shares_prompts):
         for batch in batches:
             results |= {one.row: one for one in _one_batch(policy, batch, objective, temperature, chunk, start)}
     loss = -sum(one.gain - one.penalty for one in results.values())
@@ -74,7 +74,7 @@ def _one_batch(
     policy: PolicyModel, batch: MicroBatch, objective: AnyObjective, temperature: float, chunk: int,
     start: PolicyModel | None,
 ) -> list[RowResult]:  # fmt: skip
-    tensors, method, begin = to_tensors(batch, DEVICE), build_objective(objective), None
+    tensors, method, begin = to_tensors(batch, DEVICE, policy.shares_prompts), build_objective(objective), None
     if start is not None:
         with torch.no_grad():
             begin = _values(start(tensors, temperature, 1.0, chunk))
@@ -107,15 +107,15 @@ def assert_same(made: tuple[float, Gradients], wanted: tuple[float, Gradients], 
 
 
 class Case:
-    """A family's policy in float32 and its reference in float64, from one folder."""
+    """A family's policy in float32 and its reference in float64 (or another type), from one folder."""
 
-    def __init__(self, folder: Path, checkpointing: bool = False) -> None:
+    def __init__(self, folder: Path, checkpointing: bool = False, reference_type: torch.dtype = torch.float64) -> None:
         self.folder = folder
         self.policy = build_model(
             str(folder), "float32", trust_remote_code=False, activation_checkpointing=checkpointing
         )
         self.plain = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+            folder, dtype=reference_type, attn_implementation="eager", experts_implementation="eager"
         )
 
     def check(

@@ -102,6 +102,17 @@ def write_experts(folder: Path, family: str, seed: int = 0) -> Path:
     return _write(folder, AutoConfig.for_model(family, **{**COMMON, **EXPERTS[family]}), seed)
 
 
+def write_hybrid(folder: Path, seed: int = 0) -> Path:
+    """The same as `write` for a model with a convolution over neighbouring positions in one of its layers."""
+    hybrid = {
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "layer_types": ["conv", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+    }
+    return _write(folder, AutoConfig.for_model("lfm2", **{**COMMON, **hybrid}), seed)
+
+
 def _write(folder: Path, config: PretrainedConfig, seed: int) -> Path:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

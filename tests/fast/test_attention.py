@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from learner.attention import ModelError, attend, check_attention, shared_map
+from learner.attention import ModelError, attend, refuse_later_tokens, shared_map, why_separate
 
 DEVICE = torch.device("cpu")
 Layouts = list[tuple[int, list[int]]]
@@ -130,20 +130,29 @@ def test_what_a_layer_may_not_ask_for(asked: dict[str, Any], message: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "message"),
+    ("family", "settings", "why"),
     [
-        ("gemma2", {}, "caps attention scores"),
-        ("lfm2", {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}, "layers of type conv"),
-        ("qwen3_next", {}, "layers of type linear_attention"),
-        ("llama4_text", {}, "layers of type chunked_attention"),
-        ("llama", {"is_causal": False}, "later tokens"),
+        ("gemma2", {}, "caps attention scores (attn_logit_softcapping)"),
+        ("lfm2", {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}, "has layers of type conv"),
+        ("qwen3_next", {}, "has layers of type linear_attention"),
+        ("llama4_text", {}, "has layers of type chunked_attention"),
+        ("gpt_oss", {}, "has attention sinks"),
     ],
 )
-def test_models_refused_by_their_config(family: str, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ModelError, match=rf"^model\.path: {family} .*{message}"):
-        check_attention(AutoConfig.for_model(family, **settings))
+def test_models_whose_config_keeps_a_prompt_from_being_shared(family: str, settings: dict[str, Any], why: str) -> None:
+    found = why_separate(AutoConfig.for_model(family, **settings))
+    assert found is not None
+    assert found.startswith(why)
 
 
-def test_models_accepted_by_their_config() -> None:
+def test_models_whose_config_lets_a_prompt_be_shared() -> None:
     for family, windowed in itertools.product(("llama", "qwen2", "qwen3", "mistral", "gemma3_text"), (False, True)):
-        check_attention(AutoConfig.for_model(family, **({"sliding_window": 8} if windowed else {})))
+        config = AutoConfig.for_model(family, **({"sliding_window": 8} if windowed else {}))
+        refuse_later_tokens(config)
+        assert why_separate(config) is None
+
+
+@pytest.mark.parametrize("settings", [{"is_causal": False}, {"use_bidirectional_attention": True}])
+def test_models_that_look_ahead_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=r"^model\.path: llama attends to later tokens.*; use another model$"):
+        refuse_later_tokens(AutoConfig.for_model("llama", **settings))

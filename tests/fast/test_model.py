@@ -109,8 +109,6 @@ def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("gptj", {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4}, "does not let its attention be replaced"),
-        ("bloom", {"n_layer": 1, "n_head": 4}, "does not let its attention be replaced"),
         (
             "minicpm3",
             {
@@ -128,10 +126,30 @@ def test_models_refused_by_their_code(family: str, options: dict[str, Any], mess
         build(folder, checkpointing=True)
 
 
-def test_a_leak_between_answers_is_noticed(tmp_path: Path) -> None:
-    """A layer that mixes neighbouring positions, as a convolution would."""
-    policy = build(write_model(tmp_path, "llama"))
+def test_a_leak_between_answers_ends_sharing(tmp_path: Path) -> None:
+    """A layer that mixes neighbouring positions, as a convolution would: right for a sequence by itself."""
+    policy, plain = build(write_model(tmp_path, "llama")), AutoModelForCausalLM.from_pretrained(tmp_path)
     policy.check_isolation(DEVICE)
-    policy.hf.model.layers[0].register_forward_hook(lambda _, __, output: output + 0.1 * output.roll(1, dims=1))
-    with pytest.raises(ModelError, match="when another answer shares its prompt"):
+    assert policy.shares_prompts
+    for model in (policy.hf, plain):
+        model.model.layers[0].register_forward_hook(
+            lambda _, __, out: out + 0.5 * torch.nn.functional.pad(out, (0, 0, 1, 0))[:, :-1]
+        )
+    policy.check_isolation(DEVICE)
+    assert policy.why_separate is not None
+    assert policy.why_separate.startswith("gives an answer other log-probabilities (by ")
+    rows = [Row(group=0, kind="sample", token_ids=(7, 8, 9), logprobs=None, weight=1.0)]
+    [[alone]] = plan(rows, [(3, 4)], 1, 64, share_prompts=False)
+    made = policy(to_tensors(alone, DEVICE, share_prompts=False), 1.0, 1.0, 8).logprobs
+    ids = torch.tensor([[3, 4, 7, 8, 9]])
+    wanted = torch.log_softmax(plain(input_ids=ids).logits[0, 1:-1], -1).gather(1, ids[0, 2:, None])[:, 0]
+    torch.testing.assert_close(made, wanted)
+
+
+def test_a_model_that_looks_ahead_is_refused(tmp_path: Path) -> None:
+    policy = build(write_model(tmp_path, "llama"))
+    policy.hf.model.layers[0].register_forward_hook(lambda _, __, output: output + 0.1 * output.mean(1, keepdim=True))
+    with pytest.raises(
+        ModelError, match=r"^model\.path: llama gives an answer other .* computed beside it; use another"
+    ):
         policy.check_isolation(DEVICE)

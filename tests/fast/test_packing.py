@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.packing import PackingError, plan
+from learner.padded import padded_map
 from learner.types import MicroBatch, Row
 
 Plan = tuple[tuple[MicroBatch, ...], ...]
@@ -83,6 +85,53 @@ def test_any_step_is_planned_whole_and_alike(seed: int, groups: int, longest: in
     for one, other in zip((b for r in made for b in r), (b for r in again for b in r), strict=True):
         assert one.rows == other.rows
         assert one.token_ids.tolist() == other.token_ids.tolist()
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 10**6),
+    groups=st.integers(0, 7),
+    longest=st.integers(1, 20),
+    ranks=st.integers(1, 4),
+    slack=st.integers(0, 200),
+)
+def test_separate_sequences_are_planned_whole_within_the_padded_budget(
+    seed: int, groups: int, longest: int, ranks: int, slack: int
+) -> None:
+    rows, prompts = random_step(random.Random(seed), groups, longest)
+    budget = 2 * longest - 1 + slack
+    made = plan(rows, prompts, ranks, budget, share_prompts=False)
+    check(made, rows, prompts, budget)
+    for batch in (batch for batches in made for batch in batches):
+        where = padded_map(batch.segments, torch.device("cpu"))
+        assert where.source.numel() <= budget
+        assert len(where.source) == max(1, len(batch.rows))
+        flat = torch.from_numpy(batch.token_ids)[where.source].flatten()
+        assert flat[where.slot].tolist() == batch.token_ids.tolist()
+        assert (
+            torch.from_numpy(batch.positions)[where.source].flatten()[where.slot].tolist() == batch.positions.tolist()
+        )
+        column = where.slot % where.source.shape[1]
+        assert column.tolist() == batch.positions.tolist()  # each sequence starts its own line of the batch
+
+
+def test_pairs_stay_together_without_sharing() -> None:
+    draw = random.Random(1)
+    rows = [row(group, draw.randint(1, 9), draw) for group in range(5) for _ in range(2)]
+    prompts = [tuple(range(draw.randint(1, 9))) for _ in range(5)]
+    made = plan(rows, prompts, 2, 40, whole_groups=True, share_prompts=False)
+    check(made, rows, prompts, 40)
+    of_batch = {index: number for number, b in enumerate(b for r in made for b in r) for index in b.rows}
+    assert all(of_batch[2 * group] == of_batch[2 * group + 1] for group in range(5))
+    with pytest.raises(PackingError, match=r"group 0, whose rows belong together, needs 22 positions"):
+        plan([row(0, 9, draw), row(0, 2, draw)], [(1, 2, 3)], 1, 21, whole_groups=True, share_prompts=False)
+
+
+def test_a_prompt_with_several_rows_is_no_padded_batch() -> None:
+    rows = [row(0, 3, random.Random(0)) for _ in range(2)]
+    [[batch]] = plan(rows, [(1, 2)], 1, 64)
+    with pytest.raises(ValueError, match="several rows"):
+        padded_map(batch.segments, torch.device("cpu"))
 
 
 def test_a_layout_by_hand() -> None:

@@ -1,0 +1,68 @@
+"""Our learner as a side of benchmarks/versus_trl.py: a rank as in production, fed with groups from a file.
+
+    python -m benchmarks.grao_side WORK.json
+
+Reads one line per update from stdin, answers with a line '@ SECONDS GRAD_NORM' on stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import on_one_core, seconds
+from benchmarks.shapes import scored_group
+from configs.schema import LearnerConfig, ModelConfig, RolloutConfig
+from learner import engine
+from learner.types import RankReport
+from learner.worker import LearnerRank
+from learner.zero_settings import base_settings
+
+
+def main() -> None:
+    work = json.loads(Path(sys.argv[1]).read_text())
+    device = torch.device(work["device"])
+    on_one_core(device, work.get("rank", 0))
+    learner = LearnerConfig.model_validate(
+        {
+            "objective": work["objective"],
+            "dtype": work["dtype"],
+            "learning_rate": 1e-6,
+            "schedule": "constant",
+            "steps": 10**6,
+            "warmup_steps": 0,
+            "tokens_per_micro_batch": work["budget"],
+            "threads_per_rank": 1,
+            "activation_checkpointing": False,
+            "kl_every": 0,
+        }
+    )
+    rollout = RolloutConfig(temperature=1.0, samples_per_prompt=len(work["groups"][0]["samples"]), dtype=work["dtype"])
+    rank = LearnerRank(
+        ModelConfig(path=work["model"]), learner, rollout, "cpu" if device.type == "cpu" else "gpu", seed=0
+    )
+    if work.get("zero") == "defaults":
+        engine.zero_settings = _stage_3_alone  # type: ignore[attr-defined]
+    number, world = work.get("rank", 0), work.get("world", 1)
+    address, port = (work["address"], work["port"]) if world > 1 else rank.host()
+    rank.start(number, world, number, address, port, work.get("secret", os.urandom(16).hex()))
+    groups = [scored_group(f"p{number}", **one) for number, one in enumerate(work["groups"])]
+    for step, _ in enumerate(sys.stdin, start=1):
+        reports: list[RankReport] = []
+        taken = seconds(lambda: reports.append(rank.train_step(step, groups)), device)  # noqa: B023 - called at once
+        print(f"@ {taken} {reports[0].grad_norm}", flush=True)
+    rank.close()
+
+
+def _stage_3_alone(elements: int, world: int, learner: LearnerConfig) -> dict[str, Any]:
+    """DeepSpeed's own thresholds."""
+    return base_settings(world, learner)
+
+
+if __name__ == "__main__":
+    main()

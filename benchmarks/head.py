@@ -1,0 +1,170 @@
+"""The loss head beside the three matrix products that it cannot do without, and beside plain autograd over all logits.
+
+    python -m benchmarks.head [--targets 450] [--memory-targets 16128] [--hidden 576] [--vocabulary 49152]
+
+Time: loss and gradients to hidden states and weight, all sides in turns. Memory: how far each rises above its inputs,
+in a process of its own; both gradients, which every side makes, are counted and also listed by themselves.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.measure import (
+    Calibrator,
+    alternate,
+    as_a_rank,
+    facts,
+    gate,
+    giving_back,
+    on_one_core,
+    parser,
+    peak_bytes,
+    ratio,
+    relative,
+    report,
+    seconds,
+)
+from configs.schema import Dtype
+from learner.head import LossHead
+from learner.model import TORCH_DTYPE
+
+ALLOWED: dict[Dtype, float] = {"float32": 1e-5, "bfloat16": 3e-2}
+GATE_TARGETS = 64
+MIB = 2**20
+
+
+class Case:
+    """Inputs of a head, and the ways to compute it."""
+
+    def __init__(self, options: Any, targets: int, dtype: Dtype) -> None:
+        device = torch.device(options.device)
+        torch.manual_seed(0)
+        self.linear = nn.Linear(options.hidden, options.vocabulary, bias=False, device=device, dtype=TORCH_DTYPE[dtype])
+        self.hidden = torch.randn(targets, options.hidden, device=device).to(TORCH_DTYPE[dtype]).requires_grad_()
+        self.targets = torch.randint(options.vocabulary, (targets,), device=device)
+        self.weights = torch.randn(targets, device=device) / targets
+        self._head, self._chunk = LossHead(self.linear), options.chunk
+
+    def ours(self) -> None:
+        self._head(self.hidden, self.targets, self.weights, 1.0, 1.0, self._chunk).loss.backward()
+
+    def plain(self) -> None:
+        """What a trainer without a fused head does."""
+        logprobs = torch.log_softmax(self.linear(self.hidden).float(), -1)
+        (-(self.weights * logprobs.gather(1, self.targets[:, None])[:, 0]).sum()).backward()
+
+    @torch.no_grad()
+    def products(self) -> None:
+        """Logits, gradient to the hidden states, gradient to the weight, chunk by chunk, and nothing else."""
+        weight, count = self.linear.weight, len(self.targets)
+        buffer = self.hidden.new_empty(min(count, self._chunk), len(weight))
+        to_hidden, to_weight = torch.empty_like(self.hidden), torch.zeros_like(weight)
+        for start in range(0, count, self._chunk):
+            part = slice(start, min(start + self._chunk, count))
+            logits = torch.mm(self.hidden[part], weight.T, out=buffer[: part.stop - start])
+            torch.mm(logits, weight, out=to_hidden[part])
+            to_weight.addmm_(logits.T, self.hidden[part])
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """They are cleared."""
+        found = {"hidden": self.hidden.grad, "weight": self.linear.weight.grad}
+        self.hidden.grad = self.linear.weight.grad = None
+        return {name: one for name, one in found.items() if one is not None}
+
+
+def main() -> None:
+    options = _options()
+    device = torch.device(options.device)
+    if not options.peak_of:
+        as_a_rank(device)
+    on_one_core(device)
+    if options.peak_of:
+        case = Case(options, options.memory_targets, options.dtype)
+        print(peak_bytes(getattr(case, options.peak_of), device))
+        return
+    exact, near = _gate(options, "float32"), _gate(options, options.dtype)
+    case = Case(options, options.targets, options.dtype)
+    calibrator = Calibrator(device, TORCH_DTYPE[options.dtype])
+    ways = {"products": case.products, "ours": case.ours, "plain": case.plain}
+    sides = {name: partial(_timed, way, case, device) for name, way in ways.items()}
+    found = alternate(sides, options.pairs, calibrator)
+    peaks = {name: _peak(name) for name in ("ours", "plain")}
+    rate = calibrator.result()
+    flops = 6.0 * options.targets * options.hidden * options.vocabulary
+    table = [
+        {
+            "way": name,
+            "seconds": statistics.median(taken),
+            "over the products": ratio(taken, found["products"]),
+            "of the limit": flops / rate.gemm_flops / statistics.median(taken),
+            "peak MiB": round(peaks[name] / MIB) if name in peaks else None,
+        }
+        for name, taken in found.items()
+    ]
+    width = TORCH_DTYPE[options.dtype].itemsize
+    gradients = (options.memory_targets + options.vocabulary) * options.hidden * width
+    about = {
+        "targets": options.targets,
+        "targets for memory": options.memory_targets,
+        "chunk": options.chunk,
+        "gradients MiB": round(gradients / MIB),
+        "plain over ours, memory": peaks["plain"] / peaks["ours"],
+        "without gradients": (peaks["plain"] - gradients) / (peaks["ours"] - gradients),
+        "GEMM GFLOP/s": rate.gemm_flops / 1e9,
+        "gradients float32": exact,
+        f"gradients {options.dtype}": near,
+        **facts(device),
+    }
+    report(f"head {options.hidden} x {options.vocabulary}, {options.dtype}", table, about, options.json)
+
+
+def _gate(options: Any, dtype: Dtype) -> float:
+    case = Case(options, GATE_TARGETS, dtype)
+    case.plain()
+    wanted = case.gradients()
+    case.ours()
+    found = relative(case.gradients(), wanted)
+    gate(found, ALLOWED[dtype], f"the head in {dtype}")
+    return found
+
+
+def _timed(way: Callable[[], None], case: Case, device: torch.device) -> float:
+    taken = seconds(way, device)
+    case.gradients()
+    return taken
+
+
+def _peak(way: str) -> int:
+    """Measured by this very file in a fresh process, which gives freed memory back at once."""
+    command = [sys.executable, "-m", "benchmarks.head", *sys.argv[1:], "--peak-of", way]
+    environment = giving_back()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"the memory of '{way}' could not be measured: {done.stderr.strip().splitlines()[-1:]}")
+    return int(done.stdout.split()[-1])
+
+
+def _options() -> Any:
+    made = parser(__doc__ or "")
+    made.add_argument("--targets", type=int, default=450, help="a group of HH-RLHF's shape (default 450)")
+    made.add_argument("--memory-targets", type=int, default=16_128, help="9 answers of 1,792 tokens (default 16128)")
+    made.add_argument("--hidden", type=int, default=576)
+    made.add_argument("--vocabulary", type=int, default=49_152)
+    made.add_argument("--chunk", type=int, default=1024, help="learner.head_chunk")
+    made.add_argument("--dtype", choices=sorted(ALLOWED), default="bfloat16")
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--peak-of", choices=("ours", "plain"), help="only print this side's peak in bytes")
+    return made.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Learners in processes of their own, which make one update at each call."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import RANK_MEMORY
+from reward.types import ScoredGroup
+
+ROOT = Path(__file__).resolve().parents[1]
+PEER = ROOT / ".peer"
+GRAO = {"name": "grao"}
+
+
+class Side:
+    """A process that makes one update at each call. On a CPU all have the memory settings of our ranks, TRL too."""
+
+    def __init__(self, command: Sequence[str], work: dict[str, Any], folder: Path, name: str) -> None:
+        file = folder / f"{name}.json"
+        file.write_text(json.dumps(work))
+        environment = {
+            **os.environ,
+            **(RANK_MEMORY if work["device"] == "cpu" else {}),
+            "PYTHONPATH": f"{ROOT}:{PEER}",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        self._name, self._log = name, folder / f"{name}.log"
+        with self._log.open("w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, *command[:2], str(file), *command[2:]],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                cwd=ROOT,
+                env=environment,
+            )
+        self.norm = float("nan")
+
+    def __call__(self) -> float:
+        """Seconds of one update."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("@ "):
+                taken, self.norm = map(float, line.split()[1:])
+                return taken
+        sys.exit(f"{self._name} ended: {self._log.read_text().strip().splitlines()[-1:]}")
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+
+def plain_groups(scored: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
+    """As JSON can hold them."""
+    return [
+        {
+            "prompt": one.group.prompt.token_ids,
+            "samples": [sample.token_ids for sample in one.group.samples],
+            "reference": one.group.prompt.reference_ids,
+            "rewards": one.rewards,
+            "reference_reward": one.reference_reward,
+        }
+        for one in scored
+    ]

@@ -1,0 +1,119 @@
+"""Our learner beside TRL's GRPOTrainer on identical token ids: whole updates, optimizer included.
+
+    make peer                                      # once: TRL without dependencies into .peer
+    python -m benchmarks.versus_trl [--shape hh] [--groups 2] [--model models/SmolLM2-135M-Instruct]
+
+Gate: under the same objective (GRPO without KL, advantages without their standard deviation) both sides' gradient
+norms are equal in float32. Then all sides take turns, each in a process of its own with one thread. TRL trains G
+sequences a group, GRAO G + 1: the ratios are of seconds per trained sequence.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from benchmarks.measure import Calibrator, alternate, facts, on_one_core, parser, ratio, report
+from benchmarks.shapes import SHAPES, groups, rows_of, tokens, work_of
+from benchmarks.sides import GRAO, PEER, Side, plain_groups
+from learner.model import TORCH_DTYPE
+
+ALLOWED = 1e-4
+GRPO = {"name": "grpo", "kl": 0.0, "normalise_std": False, "clip": None}
+"""Without a clip: on its own samples, where TRL's ratio is 1, a clip changes nothing."""
+
+
+def main() -> None:
+    options = _options()
+    if not (PEER / "trl").is_dir():
+        sys.exit("TRL is not there: run 'make peer' first")
+    device, shape = torch.device(options.device), SHAPES[options.shape]
+    on_one_core(device)
+    config = AutoConfig.from_pretrained(options.model)
+    scored = groups(shape, options.groups, config.vocab_size)
+    work = {
+        "model": str(Path(options.model).resolve()), "device": options.device, "dtype": options.dtype,
+        "budget": options.budget, "groups": plain_groups(scored),
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as place:
+        norms = _gate(work, Path(place))
+        calibrator = Calibrator(device, TORCH_DTYPE[options.dtype])
+        sides = {
+            "GRAO": Side(("-m", "benchmarks.grao_side"), {**work, "objective": GRAO}, Path(place), "grao"),
+            "GRPO on our learner": Side(
+                ("-m", "benchmarks.grao_side"), {**work, "objective": GRPO}, Path(place), "grpo"
+            ),
+            "TRL": _trl(work, Path(place), "trl"),
+            "TRL with its pass for vLLM's samples": _trl(work, Path(place), "trl-old", "--old-pass"),
+        }
+        found = alternate(sides, options.pairs, calibrator)
+        for side in sides.values():
+            side.close()
+    trained = {name: options.groups * (shape.samples + (name == "GRAO")) for name in found}
+    per_sequence = {name: [one / trained[name] for one in taken] for name, taken in found.items()}
+    rate, needed = calibrator.result(), work_of(*rows_of(scored), config)
+    table = [
+        {
+            "learner": name,
+            "seconds": statistics.median(taken),
+            "trained sequences": trained[name],
+            "seconds per sequence over GRAO's": ratio(per_sequence[name], per_sequence["GRAO"]),
+            "of the limit": needed.flops / rate.gemm_flops / statistics.median(taken) if name == "GRAO" else None,
+        }
+        for name, taken in found.items()
+    ]
+    about = {
+        **tokens(needed, rate),
+        "gradient norms in float32": f"{norms[0]:.6g} and TRL's {norms[1]:.6g}",
+        "trl": _peer_version(),
+        **facts(device),
+    }
+    report(f"{options.model} {options.dtype}, {options.groups} x {shape}", table, about, options.json)
+
+
+def _gate(work: dict[str, Any], folder: Path) -> tuple[float, float]:
+    """Gradient norms of both in float32. Ends the benchmark where they differ."""
+    exact = {**work, "dtype": "float32"}
+    norms = []
+    for side in (
+        Side(("-m", "benchmarks.grao_side"), {**exact, "objective": GRPO}, folder, "grpo-exact"),
+        _trl(exact, folder, "trl-exact"),
+    ):
+        side()
+        norms.append(side.norm)
+        side.close()
+    if not abs(norms[0] - norms[1]) <= ALLOWED * norms[1]:
+        sys.exit(
+            f"the same objective has gradients of norm {norms[0]:.6g} and, in TRL, {norms[1]:.6g}; nothing is measured"
+        )
+    return norms[0], norms[1]
+
+
+def _trl(work: dict[str, Any], folder: Path, name: str, *flags: str) -> Side:
+    return Side(("-u", "benchmarks/trl_side.py", *flags), work, folder, name)
+
+
+def _peer_version() -> str:
+    found = next(PEER.glob("trl-*.dist-info"), None)
+    return "unknown" if found is None else found.name.removeprefix("trl-").removesuffix(".dist-info")
+
+
+def _options() -> Any:
+    made = parser(__doc__ or "")
+    made.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="a folder with weights and a tokenizer")
+    made.add_argument("--shape", choices=sorted(SHAPES), default="hh")
+    made.add_argument("--groups", type=int, default=2)
+    made.add_argument("--dtype", choices=sorted(TORCH_DTYPE), default="bfloat16")
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--budget", type=int, default=8192, help="learner.tokens_per_micro_batch")
+    return made.parse_args()
+
+
+if __name__ == "__main__":
+    main()

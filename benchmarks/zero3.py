@@ -1,0 +1,130 @@
+"""What ZeRO-3 costs a rank: whole updates beside the bare model, with our settings and with DeepSpeed's own.
+
+    python -m benchmarks.zero3 [--shape hh] [--groups 4] [--ranks 1 2] [--model models/SmolLM2-135M-Instruct]
+
+One rank, CPU time: the bare model's forward and backward pass beside a rank's, and its whole update. Two ranks and
+more, each a process with one thread: wall time of the slowest. DeepSpeed's defaults are those of its documentation.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from benchmarks.measure import Calibrator, alternate, facts, gate, on_one_core, parser, ratio, report, seconds
+from benchmarks.paths import Packed
+from benchmarks.shapes import SHAPES, groups, rows_of, tokens, work_of
+from benchmarks.sides import GRAO, Side, plain_groups
+from learner.model import TORCH_DTYPE
+from learner.network import free_port
+
+ALLOWED = {"float32": 1e-5, "bfloat16": 3e-2}
+
+
+class Learner:
+    """Ranks that make an update together."""
+
+    def __init__(self, world: int, zero: str, work: dict[str, Any], folder: Path) -> None:
+        place = {"world": world, "address": "127.0.0.1", "port": free_port("127.0.0.1"), "secret": os.urandom(16).hex()}
+        self._ranks = [
+            Side(("-m", "benchmarks.grao_side"), {**work, **place, "rank": rank, "zero": zero}, folder,
+                 f"{zero}-{rank}-of-{world}")
+            for rank in range(world)
+        ]  # fmt: skip
+        self._pool = ThreadPoolExecutor(world)
+
+    def cpu(self) -> float:
+        """CPU seconds of one update, all ranks together."""
+        return sum(self._pool.map(lambda rank: rank(), self._ranks))
+
+    def wall(self) -> float:
+        begun = time.perf_counter()
+        self.cpu()
+        return time.perf_counter() - begun
+
+    @property
+    def norm(self) -> float:
+        return self._ranks[0].norm
+
+    def close(self) -> None:
+        list(self._pool.map(Side.close, self._ranks))
+
+
+def main() -> None:
+    options = _options()
+    device, shape = torch.device(options.device), SHAPES[options.shape]
+    on_one_core(device)
+    config = AutoConfig.from_pretrained(options.model)
+    scored = groups(shape, options.groups, config.vocab_size)
+    rows, prompts = rows_of(scored)
+    work = {
+        "model": str(Path(options.model).resolve()), "device": options.device, "dtype": options.dtype,
+        "budget": options.budget, "objective": GRAO, "groups": plain_groups(scored),
+    }  # fmt: skip
+    calibrator = Calibrator(device, TORCH_DTYPE[options.dtype])
+    table: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as place:
+        for world in options.ranks:
+            table += _compare(world, options, work, rows, prompts, Path(place), calibrator)
+    about = {**tokens(work_of(rows, prompts, config), calibrator.result()), **facts(device)}
+    report(f"{options.model} {options.dtype}, {options.groups} x {shape}", table, about, options.json)
+
+
+def _compare(
+    world: int, options: Any, work: dict[str, Any], rows: Any, prompts: Any, folder: Path, calibrator: Calibrator
+) -> list[dict[str, Any]]:
+    device = torch.device(options.device)
+    ours, theirs = (Learner(world, zero, work, folder) for zero in ("ours", "defaults"))
+    clock = "cpu" if world == 1 else "wall"
+    sides = {"ZeRO-3, our settings": getattr(ours, clock), "ZeRO-3, DeepSpeed's defaults": getattr(theirs, clock)}
+    bare = Packed(Path(options.model), options.dtype, device, options.budget, chunk=1024) if world == 1 else None
+    if bare is not None:
+        sides["bare model, no optimizer"] = partial(_bare, bare, rows, prompts, device)
+        bare.shared(rows, prompts)
+        norm = sum(float(one.double().square().sum()) for one in bare.gradients().values()) ** 0.5
+        ours.cpu()
+        gate(abs(ours.norm - norm) / norm, ALLOWED[options.dtype], "norms of ZeRO-3's gradients")
+    found = alternate(sides, options.pairs, calibrator)
+    ours.close()
+    theirs.close()
+    first = found["ZeRO-3, our settings"]
+    return [
+        {
+            "ranks": world,
+            "way": name,
+            f"seconds ({'CPU' if clock == 'cpu' else clock})": statistics.median(taken),
+            "over our settings": ratio(taken, first),
+        }
+        for name, taken in found.items()
+    ]
+
+
+def _bare(bare: Packed, rows: Any, prompts: Any, device: torch.device) -> float:
+    taken = seconds(lambda: bare.shared(rows, prompts), device)
+    bare.model.zero_grad()
+    return taken
+
+
+def _options() -> Any:
+    made = parser(__doc__ or "")
+    made.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="a folder with weights")
+    made.add_argument("--shape", choices=sorted(SHAPES), default="hh")
+    made.add_argument("--groups", type=int, default=4)
+    made.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    made.add_argument("--dtype", choices=sorted(ALLOWED), default="bfloat16")
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--budget", type=int, default=8192, help="learner.tokens_per_micro_batch")
+    return made.parse_args()
+
+
+if __name__ == "__main__":
+    main()

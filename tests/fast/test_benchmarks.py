@@ -1,0 +1,92 @@
+"""What the benchmarks' numbers are made of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.measure import Ratio, alternate, gate, ratio, relative, report
+from benchmarks.paths import one_prompt_a_row
+from benchmarks.shapes import MODELS, SHAPES, Shape, groups, model_config, parameters_of, rows_of, work_of
+
+
+def test_sides_take_turns_forwards_and_backwards_and_the_first_is_not_counted() -> None:
+    order: list[str] = []
+
+    def side(name: str) -> float:
+        order.append(name)
+        return float(len(order))
+
+    found = alternate({"a": lambda: side("a"), "b": lambda: side("b")}, 3, lambda: order.append("|"))
+    assert "".join(order) == "|ba|ab|ba|ab"
+    assert found == {"a": [5.0, 9.0, 11.0], "b": [6.0, 8.0, 12.0]}
+
+
+def test_a_ratio_is_the_median_of_pairs_with_an_interval_around_it() -> None:
+    found = ratio([2.0, 4.0, 9.0, 2.2, 2.1], [1.0, 2.0, 3.0, 1.0, 1.0])
+    assert found.value == pytest.approx(2.1)
+    assert 2.0 <= found.low <= found.value <= found.high <= 3.0
+    assert ratio([3.0] * 4, [2.0] * 4) == Ratio(value=1.5, low=1.5, high=1.5)
+    with pytest.raises(ValueError, match="at least one pair"):
+        ratio([], [])
+    with pytest.raises(ValueError, match="shorter"):
+        ratio([1.0, 2.0], [1.0])
+
+
+def test_a_wrong_gradient_ends_the_benchmark() -> None:
+    right = {"w": torch.tensor([3.0, 4.0])}
+    assert relative({"w": torch.tensor([3.0, 4.5])}, right) == pytest.approx(0.1)
+    gate(0.009, 0.01, "shared")
+    with pytest.raises(SystemExit, match=r"shared: gradients differ by 0.1 of their norm, 0.01 are allowed"):
+        gate(0.1, 0.01, "shared")
+    with pytest.raises(SystemExit, match="nothing is measured"):
+        gate(float("nan"), 0.01, "shared")
+    with pytest.raises(ValueError, match="other parameters"):
+        relative({}, right)
+
+
+def test_the_tokens_and_operations_of_a_step() -> None:
+    shape = Shape(10, 8, 4)
+    scored = groups(shape, 2, 100)
+    assert scored == groups(shape, 2, 100)
+    rows, prompts = rows_of(scored)
+    lengths = [len(row.token_ids) for row in rows]
+    assert len(rows) == 2 * 5
+    assert all(6 <= length <= 10 for length in lengths)
+    config = model_config("tiny")
+    work = work_of(rows, prompts, config)
+    assert work.targets == sum(lengths)
+    assert work.raw == 10 * 10 + sum(lengths)
+    assert work.unique == 2 * 10 + sum(lengths) - 10  # a row's last token predicts nothing
+    assert work.padded == sum((10 + max(lengths[k : k + 5])) * 5 for k in (0, 5))
+    trunk = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
+    assert parameters_of(config) == (trunk, 512 * 64)
+    assert work.flops == 6 * trunk * work.unique + 6 * 512 * 64 * work.targets
+
+
+def test_plain_packing_computes_a_prompt_for_each_row() -> None:
+    rows, prompts = rows_of(groups(Shape(10, 8, 4), 1, 100))
+    batches = one_prompt_a_row(rows, prompts, 64)
+    assert sum(len(batch.token_ids) for batch in batches) == sum(10 + len(row.token_ids) - 1 for row in rows)
+    assert sorted(index for batch in batches for index in batch.rows) == list(range(len(rows)))
+
+
+def test_named_models_and_shapes_exist() -> None:
+    trunk, head = parameters_of(model_config("smollm2-135m"))
+    assert trunk + head == pytest.approx(134.5e6, rel=0.01)
+    assert sum(parameters_of(model_config("qwen2.5-7b"))) == pytest.approx(7.07e9, rel=0.01)
+    assert set(SHAPES) >= {"hh", "gsm8k", "long"}
+    assert len(MODELS) > 4
+
+
+def test_a_report_is_a_table_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"way": "shared", "ratio": Ratio(value=2.0, low=1.5, high=2.5), "peak MiB": None}]
+    report("a title", rows, {"GEMM GFLOP/s": 1234.5}, tmp_path / "new" / "r.json")
+    printed = capsys.readouterr().out
+    assert "2.00 [1.50, 2.50]" in printed
+    assert "GEMM GFLOP/s 1,234" in printed
+    content = json.loads((tmp_path / "new" / "r.json").read_text())
+    assert content["rows"] == [{"way": "shared", "ratio": {"value": 2.0, "low": 1.5, "high": 2.5}, "peak MiB": None}]
