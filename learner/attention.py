@@ -6,8 +6,10 @@ forward pass as the keyword `shared_map`: as an argument, and not as state besid
 checkpointing runs the layers again in the backward pass.
 
 Packed positions are gathered into padded blocks of similar lengths. A block of prompts is plain causal attention; a
-block of answers attends to the keys of each one's prompt and, causally, to its own. No real position ever looks at
-padding, so padding changes nothing. A layer with a sliding window gets masks that count positions as each sequence by
+block of answers attends to the keys of each one's prompt and, causally, to its own. Long answers of one prompt are a
+block by themselves, in which the prompt's queries run once more before each answer: that is plain causal attention
+again, without a mask that would grow with the square of the length. No real position ever looks at padding, so
+padding changes nothing. A layer with a sliding window gets masks that count positions as each sequence by
 itself would.
 """
 
@@ -29,6 +31,9 @@ from learner.errors import LearnerError
 NAME = "grao_shared"
 SMALLEST_LEVEL = 64
 """Lengths up to this one share a block; longer ones share it with those that round up to the same power of two."""
+LONG = 512
+"""Answers from this length on, if they are as long as their prompt, do without a mask. The prompt's queries, computed
+again, make at most a third more attention then; a mask's memory and the kernels that it rules out cost more."""
 HARMLESS = frozenset({"position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position"})
 """Keywords that models hand to their attention function and that do not change what it computes."""
 EXACT_LAYERS = frozenset({"full_attention", "attention", "sliding_attention"})
@@ -80,9 +85,16 @@ class AnswerBlock:
     """i64[B] place of each answer's prompt in that block"""
     prompt_length: torch.Tensor
     """i64[B] real length of that prompt"""
+    long_of: int | None
+    """Length of the one prompt of a block of long answers; None for any other block."""
 
-    def mask(self, window: int | None) -> torch.Tensor:
-        """bool[B, 1, Q, P + Q] True where the query looks: the prompt's real positions, its own up to itself."""
+    def mask(self, window: int | None) -> torch.Tensor | None:
+        """bool[B, 1, Q, P + Q] True where the query looks: the prompt's real positions, its own up to itself.
+
+        None for plain causal attention over the prompt with each answer.
+        """
+        if self.long_of is not None and window is None:
+            return None
         device = self.owner.device
         length = self.prompt_length[:, None, None]
         of_prompt = torch.arange(self.padded_prompt, device=device).expand(len(length), 1, -1)
@@ -95,7 +107,7 @@ class AnswerBlock:
         return looks[:, None]
 
 
-Masks = tuple[list[torch.Tensor | None], list[torch.Tensor]]
+Masks = tuple[list[torch.Tensor | None], list[torch.Tensor | None]]
 """Of the blocks of prompts and of the blocks of answers."""
 
 
@@ -130,18 +142,20 @@ def shared_map(segments: npt.NDArray[np.int32], device: torch.device) -> SharedM
     parts = _parts(segments)
     length_of = {part.layout: part.length for part in parts if part.row == 0}
     prompts: dict[int, list[Part]] = {}
-    answers: dict[tuple[int, int], list[Part]] = {}
+    answers: dict[tuple[int, int, int], list[Part]] = {}
     for part in parts:
         if part.row == 0:
             prompts.setdefault(_level(part.length), []).append(part)
         else:
-            answers.setdefault((_level(length_of[part.layout]), _level(part.length)), []).append(part)
+            prompt = length_of[part.layout]
+            own_block = part.layout if part.length >= max(LONG, prompt) else -1
+            answers.setdefault((_level(prompt), _level(part.length), own_block), []).append(part)
     levels = sorted(prompts)
     place = {part.layout: k for level in levels for k, part in enumerate(prompts[level])}
     sources = [_padded(prompts[level]) for level in levels]
     prompt_blocks = tuple(PromptBlock((len(one), len(one[0]))) for one in sources)
     blocks = []
-    for (level, _), members in sorted(answers.items()):
+    for (level, _, own_block), members in sorted(answers.items()):
         sources.append(_padded(members))
         number = levels.index(level)
         blocks.append(
@@ -151,6 +165,7 @@ def shared_map(segments: npt.NDArray[np.int32], device: torch.device) -> SharedM
                 padded_prompt=prompt_blocks[number].shape[1],
                 owner=torch.tensor([place[part.layout] for part in members], device=device),
                 prompt_length=torch.tensor([length_of[part.layout] for part in members], device=device),
+                long_of=None if own_block < 0 else length_of[own_block],
             )
         )
     source = np.concatenate([one.ravel() for one in sources])
@@ -213,15 +228,31 @@ def attend(
         raise ModelError(f"{name} asks for {what}, which the shared-prompt attention does not do; use another model")
     window = sliding_window if attention_mask is None else int(attention_mask)
     prompt_masks, answer_masks = shared_map.masks(window)
-    queries, keys, values = (_blocks(packed, shared_map) for packed in (query, key, value))
+    blocks = list(zip(*(_blocks(packed, shared_map) for packed in (query, key, value)), strict=True))
     count = len(prompt_masks)
-    outputs = [_sdpa(queries[k], keys[k], values[k], mask, scaling) for k, mask in enumerate(prompt_masks)]
-    for k, (block, mask) in enumerate(zip(shared_map.answers, answer_masks, strict=True), start=count):
-        both_keys = torch.cat([keys[block.prompts].index_select(0, block.owner), keys[k]], dim=1)
-        both_values = torch.cat([values[block.prompts].index_select(0, block.owner), values[k]], dim=1)
-        outputs.append(_sdpa(queries[k], both_keys, both_values, mask, scaling))
+    outputs = [_sdpa(*one, mask, scaling) for one, mask in zip(blocks[:count], prompt_masks, strict=True)]
+    for block, own, mask in zip(shared_map.answers, blocks[count:], answer_masks, strict=True):
+        outputs.append(_answers(block, blocks[block.prompts], own, mask, scaling))
     flat = torch.cat([one.flatten(0, 1) for one in outputs])
     return flat.index_select(0, shared_map.slot)[None], None
+
+
+Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Queries, keys and values of a block."""
+
+
+def _answers(
+    block: AnswerBlock, prompts: Three, own: Three, mask: torch.Tensor | None, scaling: float | None
+) -> torch.Tensor:
+    """[B, Q, H, D] for a block of answers from its block of prompts and its own."""
+    length = block.padded_prompt if mask is not None else block.long_of
+
+    def behind_prompt(which: int) -> torch.Tensor:
+        return torch.cat([prompts[which][:, :length].index_select(0, block.owner), own[which]], dim=1)
+
+    if mask is not None:
+        return _sdpa(own[0], behind_prompt(1), behind_prompt(2), mask, scaling)
+    return _sdpa(behind_prompt(0), behind_prompt(1), behind_prompt(2), None, scaling)[:, length:]
 
 
 def _blocks(packed: torch.Tensor, shared: SharedMap) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from learner import attention
 from learner.attention import ModelError, attend, refuse_later_tokens, shared_map, why_separate
 
 DEVICE = torch.device("cpu")
@@ -94,13 +95,33 @@ def test_random_layouts() -> None:
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 40])
+def test_long_answers_of_one_prompt(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long as their prompt or longer, beside shorter ones of it and long ones of another prompt."""
+    monkeypatch.setattr(attention, "LONG", 8)
+    layouts: Layouts = [(9, [9, 30, 8, 12]), (5, [40, 7, 8]), (50, [49, 50]), (5, [40, 3])]
+    test_values_and_gradients(layouts, 4, 2, 8, window)
+    shared = shared_map(pack(layouts)[0], DEVICE)
+    of_prompts = sorted(one.long_of for one in shared.answers if one.long_of is not None)
+    assert of_prompts == [5, 5, 9, 50]
+    masks = shared.masks(window)[1]
+    assert [mask is None for mask in masks] == [one.long_of is not None and window is None for one in shared.answers]
+
+
+def test_a_very_long_answer_has_no_mask() -> None:
+    """32k tokens: a mask alone would have 2^30 elements and be made in float once more."""
+    segments, _ = pack([(200, [32_000, 20])])
+    shared = shared_map(segments, DEVICE)
+    assert sum(mask.numel() for mask in shared.masks(None)[1] if mask is not None) < 10_000
+
+
 def test_padding_stays_small() -> None:
     """Answers of very different lengths are not padded to the longest."""
     segments, _ = pack([(100, [1000, *[30] * 40])])
     shared = shared_map(segments, DEVICE)
     assert len(shared.source) <= 1.1 * len(segments)
-    scores = sum(one.mask(None).numel() for one in shared.answers)
-    assert scores <= 1000 * 1100 + 40 * 30 * 130
+    pairs = sum(one.shape[0] * one.shape[1] * (one.padded_prompt + one.shape[1]) for one in shared.answers)
+    assert pairs <= 1000 * 1100 + 40 * 30 * 130
 
 
 def test_masks_are_made_once_for_all_layers() -> None:
