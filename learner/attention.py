@@ -268,10 +268,13 @@ def _sdpa(
 ) -> torch.Tensor:
     """[B, Q, H, D] over [B, K, H or fewer, D] -> [B, Q, H, D]; causal where there is no mask."""
     repeats = query.shape[2] // key.shape[2]
+    on_cpu, dtype = query.device.type == "cpu", query.dtype
     # With a mask CUDA's fast kernels do not know grouped queries: repeating the keys avoids the one that keeps scores.
-    if repeats > 1 and mask is not None and query.device.type == "cuda":
+    if repeats > 1 and mask is not None and not on_cpu:
         key, value = (one.repeat_interleave(repeats, dim=2) for one in (key, value))
-    return functional.scaled_dot_product_attention(
+    if on_cpu and dtype != torch.float64:  # its kernel takes half as long in float32 as in bfloat16
+        query, key, value = query.float(), key.float(), value.float()
+    attended = functional.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
@@ -279,7 +282,8 @@ def _sdpa(
         is_causal=mask is None,
         scale=scaling,
         enable_gqa=key.shape[2] != query.shape[2],
-    ).transpose(1, 2)
+    )
+    return attended.transpose(1, 2).to(dtype)
 
 
 def _window_only(
