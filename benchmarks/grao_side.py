@@ -59,7 +59,7 @@ def main() -> None:
     rank.close()
 
 
-def _stage_3_alone(elements: int, world: int, learner: LearnerConfig) -> dict[str, Any]:
+def _stage_3_alone(elements: int, world: int, learner: LearnerConfig, *_: Any, **__: Any) -> dict[str, Any]:
     """DeepSpeed's own thresholds."""
     return base_settings(world, learner)
 

@@ -130,6 +130,9 @@ class LearnerConfig(Section):
     """Targets whose logits exist at the same time."""
     activation_checkpointing: bool = True
     """Recompute activations in backward: less memory, about a third more time."""
+    offload_optimizer: bool = False
+    """Keep master parameters, sums of gradients and AdamW's moments in host memory, and update there: 16 bytes a
+    parameter less on the ranks' GPUs together, for a slower update."""
     kl_every: int = Field(default=0, ge=0)
     """Every so many steps estimate the KL divergence to the start model (keeps a frozen copy); 0 is never."""
     transport: Literal["shared_memory", "nccl", "ipc"] = "shared_memory"

@@ -64,7 +64,7 @@ class ZeroModule(Generic[Out]):
         self._rank, self._world, self._device, self._trained = rank, world, device, train
         self.elements = sum(parameter.ds_numel for parameter in model.parameters())
         optimizer = self._optimizer() if train else None
-        settings = zero_settings(self.elements, world, learner)
+        settings = zero_settings(self.elements, world, learner, train, pin_memory=device.type != "cpu")
         self._engine, *_ = deepspeed.initialize(model=model.requires_grad_(train), optimizer=optimizer, config=settings)
         self._engine.train(train)
         with self.untraced():

@@ -60,7 +60,7 @@ class PolicyPasses:
 
     def prepare(self, batches: Sequence[MicroBatch], groups: Sequence[ScoredGroup], with_start: bool) -> Prepared:
         """with_start: whether the start model is asked."""
-        planned, start = tuple(batches), self._start(batches, with_start)
+        planned, start = tuple(batches), self.start(batches, with_start)
         if self._engine.critic is None:
             return Prepared(batches=planned, for_policy=planned, start=start, estimates=())
         assert isinstance(self._objective, Ppo), "only PPO has a critic"
@@ -77,7 +77,7 @@ class PolicyPasses:
         )
         return Prepared(batches=planned, for_policy=weighted, start=start, estimates=tuple(estimates))
 
-    def _start(self, batches: Sequence[MicroBatch], asked: bool) -> tuple[Values | None, ...]:
+    def start(self, batches: Sequence[MicroBatch], asked: bool) -> tuple[Values | None, ...]:
         """By micro-batch, what the start model says."""
         if not asked:
             return (None,) * len(batches)
@@ -119,10 +119,9 @@ class PolicyPasses:
             rows += objective.critic_rows(batch, _floats(output.values), of)
         return rows
 
-    def measure(self, batches: Sequence[MicroBatch], with_start: bool) -> list[RowResult]:
-        """Results under the current parameters, without gradients."""
+    def measure(self, batches: Sequence[MicroBatch], start: Sequence[Values | None]) -> list[RowResult]:
+        """Results under the current parameters, without gradients; `start` is what `start` gave for the batches."""
         results: list[RowResult] = []
-        start = self._start(batches, with_start)
         outputs = self._engine.model.values(batches, *self._settings.arguments)
         for batch, output, begin in zip(batches, outputs, start, strict=True):
             values = _values(output)
@@ -133,7 +132,7 @@ class PolicyPasses:
         """Results beside the start model's, whatever the objective makes of them; without gradients."""
         results: list[RowResult] = []
         outputs = self._engine.model.values(batches, *self._settings.arguments)
-        for batch, output, begin in zip(batches, outputs, self._start(batches, asked=True), strict=True):
+        for batch, output, begin in zip(batches, outputs, self.start(batches, asked=True), strict=True):
             results += row_results(batch, _values(output), begin, None)
         return results
 
@@ -167,7 +166,11 @@ class ScorePasses:
         """There is no critic."""
         return []
 
-    def measure(self, batches: Sequence[MicroBatch], with_start: bool) -> list[RowResult]:
+    def start(self, batches: Sequence[MicroBatch], asked: bool) -> tuple[Values | None, ...]:
+        """There is no start model."""
+        return (None,) * len(batches)
+
+    def measure(self, batches: Sequence[MicroBatch], start: Sequence[Values | None]) -> list[RowResult]:
         return self._results(batches, [_floats(output.values) for output in self._engine.model.values(batches)])
 
     def _results(self, batches: Sequence[MicroBatch], values: Sequence[Floats]) -> list[RowResult]:

@@ -29,6 +29,7 @@ from rollout.types import Parameters
 if TYPE_CHECKING:
     from learner.engine import ZeroEngine, ZeroModule
     from learner.publisher import EngineClient, Publisher, Trainer
+    from learner.results import Values
 
 __all__ = ["LearnerError", "LearnerRank"]
 
@@ -54,6 +55,8 @@ class LearnerRank:
         self._rank, self._world, self._secret = 0, 1, ""
         self._engine: ZeroEngine
         self._parts: Parts = {}
+        self._heldout: tuple[list[Row], list[tuple[int, ...]], tuple[Values | None, ...]] | None = None
+        """Rows last measured, their prompts, and what the start model said of this rank's share: it never changes."""
         self._publisher: Publisher | None = None
         self._trainer: Trainer | None = None
 
@@ -122,8 +125,11 @@ class LearnerRank:
 
     def measure(self, groups: Sequence[ScoredGroup]) -> tuple[RowResult, ...]:
         """What the objective says of groups that are not trained on: this rank's share of their rows; no gradients."""
-        batches = self._plan(self._objective.rows(groups), _prompts(groups))
-        return tuple(self._passes().measure(batches, self._learner.objective.needs_start_model))
+        rows, prompts = list(self._objective.rows(groups)), _prompts(groups)
+        batches, passes = self._plan(rows, prompts), self._passes()
+        if self._heldout is None or self._heldout[:2] != (rows, prompts):  # whole steps: all ranks find the same
+            self._heldout = rows, prompts, passes.start(batches, self._learner.objective.needs_start_model)
+        return tuple(passes.measure(batches, self._heldout[2]))
 
     def log_ratios(self, groups: Sequence[ScoredGroup]) -> tuple[tuple[int, float], ...]:
         """(number, log-probability less the start model's at temperature 1) of this rank's share of the samples.

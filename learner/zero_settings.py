@@ -24,8 +24,8 @@ def base_settings(world: int, learner: LearnerConfig) -> dict[str, Any]:
     }
 
 
-def zero_settings(elements: int, world: int, learner: LearnerConfig) -> dict[str, Any]:
-    """ZeRO-3's thresholds from the model's size.
+def zero_settings(elements: int, world: int, learner: LearnerConfig, train: bool, pin_memory: bool) -> dict[str, Any]:
+    """ZeRO-3's thresholds from the model's size. `pin_memory` where offloaded state is copied to and from a GPU.
 
     A collective costs about as much as moving some hundred thousand elements, so small models get few, large ones:
     up to 64 Mi elements (256 MiB in float32) together. What is gathered for the forward pass stays for the backward
@@ -33,7 +33,9 @@ def zero_settings(elements: int, world: int, learner: LearnerConfig) -> dict[str
     steps: those would be gathered one by one after every update, while the others come in a few large gathers.
     """
     bucket = min(elements, 2**26)
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": pin_memory}}
     return base_settings(world, learner) | {
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW is one on both devices, with nothing to compile
         "zero_optimization": {
             "stage": 3,
             "reduce_scatter": True,
@@ -46,5 +48,6 @@ def zero_settings(elements: int, world: int, learner: LearnerConfig) -> dict[str
             "stage3_max_reuse_distance": 2**30,
             # the optimizer casts one sub-group's gradients at a time: 128 Mi elements bound that copy to 512 MiB
             "sub_group_size": 2**27,
-        }
+            **(offload if train and learner.offload_optimizer else {}),
+        },
     }

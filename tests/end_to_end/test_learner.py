@@ -218,6 +218,41 @@ def test_measuring_gives_the_loss_and_changes_nothing(run: Run, tmp_path: Path) 
     run.step(2, random_step(2))  # and training goes on
 
 
+def hide_start_model(rank: LearnerRank, hidden: bool) -> None:
+    engine = rank._engine
+    if hidden:
+        engine.hidden, engine.start_model = engine.start_model, None  # type: ignore[attr-defined]
+    else:
+        engine.start_model = engine.hidden  # type: ignore[attr-defined]
+
+
+def test_the_start_model_is_asked_once_about_the_same_rows(run: Run) -> None:
+    """What it says of held-out rows never changes; the policy does."""
+
+    def measure(groups: list[ScoredGroup]) -> list[tuple[int, float, float]]:
+        parts = run.ranks.call(LearnerRank.measure, groups)
+        return sorted((row.row, row.gain, row.log_ratio_sum) for part in parts for row in part)
+
+    run.reset()
+    run.ranks.call(use_objective, DpoObjective(name="dpo"))
+    try:
+        groups, others = random_step(21), random_step(22)
+        first = measure(groups)
+        run.step(1, random_step(1))
+        again = measure(groups)
+        measure(others)
+        asked = measure(groups)
+        run.ranks.call(hide_start_model, True)
+        kept = measure(groups)
+        with pytest.raises(AssertionError, match="no start model"):
+            measure(others)
+    finally:
+        run.ranks.call(hide_start_model, False)
+        run.ranks.call(use_objective, OBJECTIVE)
+    assert first != again
+    assert again == asked == kept
+
+
 def test_answers_are_compared_with_the_start_model_at_temperature_one(run: Run) -> None:
     run.reset()
     groups = random_step(5)
@@ -268,6 +303,31 @@ def test_steps_equal_the_plain_reference(run: Run, tmp_path: Path) -> None:
             assert_same_gradients(state, gradients, norm)
         for name, parameter in reference.model.named_parameters():
             assert relative(state["master"][name], parameter.detach()) < 1e-5, name
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_optimizer_in_host_memory_makes_the_same_steps(world: int, odd_model: Path, tmp_path: Path) -> None:
+    """On this device it is the same memory; what is tested is that every step takes DeepSpeed's other path rightly."""
+    learner = LEARNER.model_copy(update={"offload_optimizer": True})
+    ranks = Ranks(odd_model, world, learner, ROLLOUT)
+    run, reference = Run(odd_model, ranks, tmp_path / "start"), Reference(odd_model, LEARNER, ROLLOUT)
+    assert all(ranks.call(keeps_optimizer_in_host_memory))
+    for step in range(1, 4):
+        _, norm, _ = reference.step(step, random_step(step))
+        for report in run.step(step, random_step(step)):
+            assert report.grad_norm == pytest.approx(norm, rel=1e-5)
+        state = run.state(tmp_path / str(step))
+        for name, parameter in reference.model.named_parameters():
+            assert relative(state["master"][name], parameter.detach()) < 1e-5, name
+    ranks.call(LearnerRank.load, str(tmp_path / "2"))
+    assert [report.grad_norm for report in run.step(3, random_step(3))] == pytest.approx([norm] * world, rel=1e-5)
+    published = run.publish(3)
+    assert sum(size for piece in published.pieces for _, size in piece.ranges) == published.nbytes
+    ranks.close()
+
+
+def keeps_optimizer_in_host_memory(rank: LearnerRank) -> bool:
+    return bool(rank._engine.model._zero.offload_optimizer)
 
 
 def test_the_last_step_has_the_beta_that_the_run_ends_with(run: Run) -> None:

@@ -1,0 +1,46 @@
+"""Benchmarks from the command line on tiny shapes: they check themselves, end, and leave their numbers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.end_to_end.harness import ROOT, environment
+
+
+def bench(name: str, out: Path, *arguments: str | Path) -> dict[str, Any]:
+    """What the benchmark wrote."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments), "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(out.read_text())
+
+
+def test_the_learners_four_ways(tmp_path: Path) -> None:
+    made = bench("learner", tmp_path / "l.json", "--model", "tiny", "--shape", "tiny", "--pairs", "2")
+    assert [row["way"] for row in made["rows"]] == ["single", "padded", "packed", "shared"]
+    assert made["rows"][3]["times as long as shared"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert made["about"]["unique"] < made["about"]["raw"] < made["about"]["padded"]
+    assert 0 < made["about"]["gradients float32"] < 1e-5
+    assert 0 < made["about"]["gradients bfloat16"] < 3e-2
+
+
+def test_the_head_and_its_memory(tmp_path: Path) -> None:
+    sizes = ("--targets", "24", "--memory-targets", "2048", "--hidden", "16", "--vocabulary", "8192", "--chunk", "64")
+    made = bench("head", tmp_path / "h.json", *sizes, "--pairs", "2")
+    peaks = {row["way"]: row["peak MiB"] for row in made["rows"]}
+    assert peaks["products"] is None
+    # 2,048 rows of 8,192 logits: 64 MiB in float32, several times over, against chunks of 64 rows and tiles of 16 MiB
+    assert peaks["plain"] > 128
+    assert peaks["ours"] < peaks["plain"] / 2
+
+
+def test_zero3_on_one_rank(tiny_model: Path, tmp_path: Path) -> None:
+    given = ("--model", tiny_model, "--shape", "tiny", "--groups", "2", "--ranks", "1", "--pairs", "2")
+    made = bench("zero3", tmp_path / "z.json", *given, "--dtype", "float32")
+    ways = [row["way"] for row in made["rows"]]
+    assert ways == ["ZeRO-3, our settings", "ZeRO-3, DeepSpeed's defaults", "bare model, no optimizer"]
+    assert all(row["seconds (CPU)"] > 0 for row in made["rows"])
