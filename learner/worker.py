@@ -141,18 +141,23 @@ class LearnerRank:
             for index, scored in enumerate(groups)
             for sample in scored.group.samples
         ]
-        batches = self._plan(rows, _prompts(groups))
+        batches = self._plan(rows, _prompts(groups), together=False)
         at_one = Settings(loss_temperature=1.0, rollout_temperature=1.0, head_chunk=self._learner.head_chunk)
         passes = PolicyPasses(self._engine, self._objective, at_one)
         return tuple((result.row, result.log_ratio_sum) for result in passes.values(batches))
 
-    def _plan(self, rows: Sequence[Row], prompts: Sequence[tuple[int, ...]]) -> Sequence[MicroBatch]:
-        """This rank's micro-batches; none where there are no rows at all."""
+    def _plan(
+        self, rows: Sequence[Row], prompts: Sequence[tuple[int, ...]], together: bool | None = None
+    ) -> Sequence[MicroBatch]:
+        """This rank's micro-batches; none where there are no rows at all.
+
+        `together`: whether a group's rows must stay together; None asks the objective.
+        """
         if not rows:
             return ()
-        budget, together = self._learner.tokens_per_micro_batch, self._learner.objective.keeps_pairs
-        shared = self._engine.why_separate is None
-        return plan(rows, prompts, self._world, budget, together, shared)[self._rank]
+        whole = self._learner.objective.keeps_pairs if together is None else together
+        budget, shared = self._learner.tokens_per_micro_batch, self._engine.why_separate is None
+        return plan(rows, prompts, self._world, budget, whole, shared)[self._rank]
 
     def _passes(self) -> PolicyPasses | ScorePasses:
         if self._learner.objective.trains_scores:
