@@ -5,7 +5,7 @@ Derived values are properties; nothing rewrites a config at run time. Loads no o
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -101,6 +101,8 @@ class LearnerConfig(Section):
     configs/objectives.py."""
     ranks: int = Field(default=1, ge=1)
     """ZeRO-3 ranks over which parameters, gradients and optimizer state are divided."""
+    sequence_ranks: int = Field(default=1, ge=1)
+    """Ranks that share each micro-batch's positions, for rows too long for one GPU; a divisor of `ranks`."""
     steps: int = Field(default=100, ge=1)
     """Updates of the run."""
     groups_per_step: int = Field(default=8, ge=1)
@@ -125,7 +127,7 @@ class LearnerConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global L2 norm."""
     tokens_per_micro_batch: int = Field(default=8192, ge=2)
-    """Positions in one forward pass of one rank."""
+    """Positions in one forward pass of one rank, or of the ranks that share it (sequence_ranks)."""
     head_chunk: int = Field(default=1024, ge=1)
     """Targets whose logits exist at the same time."""
     activation_checkpointing: bool = True
@@ -152,6 +154,14 @@ class LearnerConfig(Section):
         if isinstance(given, str):
             return {"name": given}
         return {"name": "grao", **given} if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _divided(self) -> Self:
+        if self.ranks % self.sequence_ranks:
+            raise ValueError(
+                f"sequence_ranks is {self.sequence_ranks}, but {self.ranks} ranks are no multiple of it; change one"
+            )
+        return self
 
     @property
     def threads(self) -> int:

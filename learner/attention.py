@@ -27,6 +27,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
 from learner.errors import LearnerError
+from learner.sequence import SequenceGroup
 
 NAME = "grao_shared"
 SMALLEST_LEVEL = 64
@@ -123,6 +124,8 @@ class SharedMap:
     answers: tuple[AnswerBlock, ...]
     longest: int
     """Positions of the longest prompt with one answer."""
+    sequence: SequenceGroup | None
+    """The ranks that hold the N positions together."""
     made: dict[int | None, Masks] = field(default_factory=dict)
     """Masks by window: made by the first layer that needs them, used by the others."""
 
@@ -137,7 +140,9 @@ class SharedMap:
         return self.made[window]
 
 
-def shared_map(segments: npt.NDArray[np.int32], device: torch.device) -> SharedMap:
+def shared_map(
+    segments: npt.NDArray[np.int32], device: torch.device, sequence: SequenceGroup | None = None
+) -> SharedMap:
     """The blocks of a micro-batch, from its segments [N, 2] of (layout, row)."""
     parts = _parts(segments)
     length_of = {part.layout: part.length for part in parts if part.row == 0}
@@ -177,6 +182,7 @@ def shared_map(segments: npt.NDArray[np.int32], device: torch.device) -> SharedM
         prompts=prompt_blocks,
         answers=tuple(blocks),
         longest=max(part.length + (length_of[part.layout] if part.row else 0) for part in parts),
+        sequence=sequence,
     )
 
 
@@ -227,6 +233,25 @@ def attend(
         what = ", ".join(unknown) or ("a mask of its own" if own_mask else "attention that is not causal")
         raise ModelError(f"{name} asks for {what}, which the shared-prompt attention does not do; use another model")
     window = sliding_window if attention_mask is None else int(attention_mask)
+    sequence = shared_map.sequence
+    if sequence is None:
+        return _attend(query, key, value, shared_map, window, scaling), None
+    count = len(shared_map.slot)
+    mine = [sequence.to_heads(one)[:, :, :count] for one in (query, key, value)]
+    attended = _attend(*mine, shared_map, window, scaling)
+    padding = query.shape[2] * sequence.size - count
+    return sequence.to_positions(functional.pad(attended, (0, 0, 0, 0, 0, padding))), None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    shared_map: SharedMap,
+    window: int | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """`attend` over all positions."""
     prompt_masks, answer_masks = shared_map.masks(window)
     blocks = list(zip(*(_blocks(packed, shared_map) for packed in (query, key, value)), strict=True))
     count = len(prompt_masks)
@@ -234,7 +259,7 @@ def attend(
     for block, own, mask in zip(shared_map.answers, blocks[count:], answer_masks, strict=True):
         outputs.append(_answers(block, blocks[block.prompts], own, mask, scaling))
     flat = torch.cat([one.flatten(0, 1) for one in outputs])
-    return flat.index_select(0, shared_map.slot)[None], None
+    return flat.index_select(0, shared_map.slot)[None]
 
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

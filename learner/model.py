@@ -9,6 +9,8 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -19,6 +21,7 @@ from learner.attention import NAME, ModelError, SharedMap, refuse_later_tokens, 
 from learner.head import HeadOutput, LossHead, Weigh
 from learner.packing import plan
 from learner.padded import PaddedMap, padded_map
+from learner.sequence import SequenceGroup
 from learner.types import MicroBatch, Row
 
 TORCH_DTYPE: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -30,34 +33,58 @@ Out = TypeVar("Out")
 
 
 class MicroBatchTensors(NamedTuple):
-    """A micro-batch of N positions and M targets on a device. A tuple, as ZeRO-3's hooks on inputs expect."""
+    """N positions and M targets of a micro-batch on a device: all, or one rank's part where ranks share it.
+
+    A tuple, as ZeRO-3's hooks on inputs expect.
+    """
 
     token_ids: torch.Tensor
     """i64[1, N]"""
     positions: torch.Tensor
     """i64[1, N]"""
     layout: SharedMap | PaddedMap
-    """Who attends to whom where prompts are shared, else where the sequences stand in a padded batch."""
+    """Who attends to whom where prompts are shared, else where the sequences stand in a padded batch. Of all ranks."""
     predict_at: torch.Tensor
     """i64[M]"""
     targets: torch.Tensor
     """i64[M]"""
     weights: torch.Tensor
     """f32[M]"""
+    mine: torch.Tensor
+    """i64[M] which targets of the micro-batch these are"""
+    count: int
+    """Targets of the micro-batch."""
 
 
-def to_tensors(batch: MicroBatch, device: torch.device, share_prompts: bool = True) -> MicroBatchTensors:
+def to_tensors(
+    batch: MicroBatch, device: torch.device, share_prompts: bool = True, sequence: SequenceGroup | None = None
+) -> MicroBatchTensors:
     """Copy a planned micro-batch to a device and work out its attention, once for all layers.
 
-    `share_prompts` is the model's; without it the micro-batch must have been planned without.
+    `share_prompts` is the model's; without it the micro-batch must have been planned without. With `sequence` only this
+    rank's positions are copied, and the targets that they predict.
     """
+    length, count = len(batch.token_ids), len(batch.targets)
+    part, padded = slice(0, length), length
+    if sequence is not None:
+        part, padded = sequence.part(length)
+    mine = np.flatnonzero((batch.predict_at >= part.start) & (batch.predict_at < part.stop))
+
+    def copied(array: npt.NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
+
+    def positions(array: npt.NDArray[np.int64]) -> torch.Tensor:
+        return copied(np.pad(array, (0, padded - length))[part])[None]
+
     return MicroBatchTensors(
-        token_ids=torch.from_numpy(batch.token_ids)[None].to(device),
-        positions=torch.from_numpy(batch.positions)[None].to(device),
-        layout=(shared_map if share_prompts else padded_map)(batch.segments, device),
-        predict_at=torch.from_numpy(batch.predict_at).to(device),
-        targets=torch.from_numpy(batch.targets).to(device),
-        weights=torch.from_numpy(batch.weights).to(device),
+        token_ids=positions(batch.token_ids),
+        positions=positions(batch.positions),
+        layout=shared_map(batch.segments, device, sequence) if share_prompts else padded_map(batch.segments, device),
+        predict_at=copied(batch.predict_at[mine] - part.start),
+        targets=copied(batch.targets[mine]),
+        weights=copied(batch.weights[mine]),
+        mine=copied(mine),
+        count=count,
     )
 
 

@@ -27,9 +27,10 @@ from reward.types import ScoredGroup
 from rollout.types import Parameters
 
 if TYPE_CHECKING:
-    from learner.engine import ZeroEngine, ZeroModule
+    from learner.engine import ZeroEngine
     from learner.publisher import EngineClient, Publisher, Trainer
     from learner.results import Values
+    from learner.zero import ZeroModule
 
 __all__ = ["LearnerError", "LearnerRank"]
 
@@ -110,6 +111,9 @@ class LearnerRank:
         batches = self._plan(rows, prompts)
         seconds = {"pack": time.perf_counter() - begun, "forward_backward": 0.0, "optimizer": 0.0}
         results, critic, norm = self._updates(step, batches, rows, groups, seconds) if rows else ((), None, 0.0)
+        number = len(batches)
+        if not self._reports:
+            results, batches, critic = (), (), critic and replace(critic, rows=())
         mine = [rows[result.row] for result in results]
         return RankReport(
             rank=self._rank,
@@ -119,7 +123,7 @@ class LearnerRank:
             learning_rate=learning_rate(step, self._learner),
             unique_tokens=sum(len(batch.token_ids) for batch in batches if batch.rows),
             nominal_tokens=sum(len(prompts[row.group]) + len(row.token_ids) for row in mine),
-            micro_batches=len(batches),
+            micro_batches=number,
             seconds=seconds,
         )
 
@@ -129,7 +133,8 @@ class LearnerRank:
         batches, passes = self._plan(rows, prompts), self._passes()
         if self._heldout is None or self._heldout[:2] != (rows, prompts):  # whole steps: all ranks find the same
             self._heldout = rows, prompts, passes.start(batches, self._learner.objective.needs_start_model)
-        return tuple(passes.measure(batches, self._heldout[2]))
+        found = passes.measure(batches, self._heldout[2])
+        return tuple(found) if self._reports else ()
 
     def log_ratios(self, groups: Sequence[ScoredGroup]) -> tuple[tuple[int, float], ...]:
         """(number, log-probability less the start model's at temperature 1) of this rank's share of the samples.
@@ -144,7 +149,8 @@ class LearnerRank:
         batches = self._plan(rows, _prompts(groups), together=False)
         at_one = Settings(loss_temperature=1.0, rollout_temperature=1.0, head_chunk=self._learner.head_chunk)
         passes = PolicyPasses(self._engine, self._objective, at_one)
-        return tuple((result.row, result.log_ratio_sum) for result in passes.values(batches))
+        found = passes.values(batches)
+        return tuple((result.row, result.log_ratio_sum) for result in found) if self._reports else ()
 
     def _plan(
         self, rows: Sequence[Row], prompts: Sequence[tuple[int, ...]], together: bool | None = None
@@ -157,7 +163,13 @@ class LearnerRank:
             return ()
         whole = self._learner.objective.keeps_pairs if together is None else together
         budget, shared = self._learner.tokens_per_micro_batch, self._engine.why_separate is None
-        return plan(rows, prompts, self._world, budget, whole, shared)[self._rank]
+        together = self._learner.sequence_ranks
+        return plan(rows, prompts, self._world // together, budget, whole, shared)[self._rank // together]
+
+    @property
+    def _reports(self) -> bool:
+        """Whether this rank speaks for those with which it shares its micro-batches."""
+        return self._rank % self._learner.sequence_ranks == 0
 
     def _passes(self) -> PolicyPasses | ScorePasses:
         if self._learner.objective.trains_scores:

@@ -112,9 +112,11 @@ def whole(folder: Path, model: Path, trust: bool) -> dict[str, dict[str, torch.T
     }
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+@pytest.fixture(scope="module", params=[(1, 1), (2, 1), (2, 2)], ids=["1 rank", "2 ranks", "2 ranks for a sequence"])
 def run(request: pytest.FixtureRequest, odd_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    ranks = Ranks(odd_model, request.param, LEARNER, ROLLOUT)
+    world, together = request.param
+    learner = LEARNER.model_copy(update={"ranks": world, "sequence_ranks": together})
+    ranks = Ranks(odd_model, world, learner, ROLLOUT)
     made = Run(odd_model, ranks, tmp_path_factory.mktemp("run") / "start")
     yield made
     ranks.close()

@@ -167,13 +167,19 @@ def test_every_field_is_explained() -> None:
             assert not silent, f"{name} has fields without a docstring: {silent}"
 
 
+def test_ranks_are_a_multiple_of_those_that_share_a_sequence() -> None:
+    assert parse(SMALL, ["learner.ranks=4", "learner.sequence_ranks=2"]).learner.sequence_ranks == 2
+    with pytest.raises(ConfigError, match=r"learner: sequence_ranks is 2, but 3 ranks are no multiple of it"):
+        parse(SMALL, ["learner.ranks=3", "learner.sequence_ranks=2"])
+
+
 def test_a_rank_has_as_many_threads_as_whole_cpus_unless_it_is_told() -> None:
     given = [[], ["learner.cpus_per_rank=0.5"], ["learner.cpus_per_rank=2.5"], ["learner.threads_per_rank=2"]]
     assert [parse(SMALL, one).learner.threads for one in given] == [1, 1, 2, 2]
 
 
 def test_the_number_of_settings_grows_only_on_purpose() -> None:
-    assert len(list(field_names())) <= 91
+    assert len(list(field_names())) <= 92
 
 
 def test_the_config_explained_in_the_readme_is_valid() -> None:

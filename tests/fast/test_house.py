@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 ONLY_IN = {
     "vllm": {"rollout/engine.py", "rollout/receiver.py", "learner/publisher.py"},
-    "deepspeed": {"learner/engine.py", "learner/publisher.py"},
+    "deepspeed": {"learner/engine.py", "learner/zero.py", "learner/publisher.py"},
     "ray": {"cluster/actors.py", "cluster/placement.py"},
     "matplotlib": {"cluster/figures.py"},
 }
