@@ -1,4 +1,4 @@
-"""How positions and heads are divided over ranks that share micro-batches. tests/end_to_end/test_learner.py runs them."""
+"""How positions and heads are divided over ranks that share micro-batches; real ranks are in end_to_end/."""
 
 from __future__ import annotations
 
