@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.measure import Ratio, alternate, gate, ratio, relative, report
 from benchmarks.paths import one_prompt_a_row
 from benchmarks.shapes import MODELS, SHAPES, Shape, groups, model_config, parameters_of, rows_of, work_of
+from benchmarks.swings import moves
 
 
 def test_sides_take_turns_forwards_and_backwards_and_the_first_is_not_counted() -> None:
@@ -80,6 +82,16 @@ def test_named_models_and_shapes_exist() -> None:
     assert sum(parameters_of(model_config("qwen2.5-7b"))) == pytest.approx(7.07e9, rel=0.01)
     assert set(SHAPES) >= {"hh", "gsm8k", "long"}
     assert len(MODELS) > 4
+
+
+def test_moves_of_a_mean_beside_those_that_the_prompts_alone_would_make() -> None:
+    made, chance = moves([[0.0, 1.0], [1.0, 1.0], [0.5, 0.0]])
+    assert made.tolist() == pytest.approx([0.5, -0.75])
+    assert chance.tolist() == pytest.approx([0.25 + 0, 0 + 0.0625])
+    draw = np.random.default_rng(0)
+    still = draw.random((4000, 8))  # a policy that never changes: all moves are chance
+    made, chance = moves(still.tolist())
+    assert np.mean(made**2) == pytest.approx(np.mean(chance), rel=0.05)
 
 
 def test_a_report_is_a_table_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

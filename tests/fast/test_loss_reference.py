@@ -157,7 +157,9 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
 def test_families(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     case = Case(write_model(tmp_path, family, **options), checkpointing=family in ("gpt_neox", "mistral", "qwen2_moe"))
     case.check(some_groups(seed=7, count=2), GraoObjective())
+    case.check(some_groups(seed=9, count=3), GraoObjective(), ranks=2, budget=48, chunk=5)
     case.policy.check_isolation(DEVICE)
+    assert case.policy.shares_prompts
 
 
 SEPARATE: list[tuple[str, dict[str, Any]]] = [
