@@ -1,11 +1,14 @@
-"""A run that several files look at."""
+"""A run and a model that several files look at."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
 
+from tests import tiny
 from tests.end_to_end.harness import config, grao, write_config, write_rows
 
 
@@ -28,3 +31,31 @@ def learned(tiny_model: Path, rows: Path, tmp_path_factory: pytest.TempPathFacto
     done = grao("train", write_config(folder / "c.yaml", tree))
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "run", done.stdout
+
+
+@pytest.fixture(scope="session")
+def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2 with biases, an untied head, and sizes that two ranks cannot halve."""
+    folder = tmp_path_factory.mktemp("models") / "odd"
+    torch.manual_seed(1)
+    config = Qwen2Config(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=33,
+        head_dim=16,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        eos_token_id=0,
+        bos_token_id=None,
+        pad_token_id=1,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1))
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder

@@ -28,16 +28,6 @@ def test_the_learners_four_ways(tmp_path: Path) -> None:
     assert 0 < made["about"]["gradients bfloat16"] < 3e-2
 
 
-def test_the_head_and_its_memory(tmp_path: Path) -> None:
-    sizes = ("--targets", "24", "--memory-targets", "2048", "--hidden", "16", "--vocabulary", "8192", "--chunk", "64")
-    made = bench("head", tmp_path / "h.json", *sizes, "--pairs", "2")
-    peaks = {row["way"]: row["peak MiB"] for row in made["rows"]}
-    assert peaks["products"] is None
-    # 2,048 rows of 8,192 logits: 64 MiB in float32, several times over, against chunks of 64 rows and tiles of 16 MiB
-    assert peaks["plain"] > 128
-    assert peaks["ours"] < peaks["plain"] / 2
-
-
 def test_zero3_on_one_rank(tiny_model: Path, tmp_path: Path) -> None:
     given = ("--model", tiny_model, "--shape", "tiny", "--groups", "2", "--ranks", "1", "--pairs", "2")
     made = bench("zero3", tmp_path / "z.json", *given, "--dtype", "float32")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.objectives import AnyObjective, DpoObjective, GraoObjective, GrpoObjective, SftObjective
 from configs.schema import LearnerConfig, RolloutConfig
@@ -24,7 +24,6 @@ from learner.worker import LearnerRank
 from reward.types import ScoredGroup
 from rollout.staging import Staging
 from rollout.types import Parameters
-from tests import tiny
 from tests.end_to_end.ranks import Ranks
 from tests.end_to_end.reference import Reference, random_group, random_step
 
@@ -43,34 +42,6 @@ LEARNER = LearnerConfig(
     head_chunk=16,
     kl_every=2,
 )
-
-
-@pytest.fixture(scope="module")
-def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen2 with biases, an untied head, and sizes that two ranks cannot halve."""
-    folder = tmp_path_factory.mktemp("models") / "odd"
-    torch.manual_seed(1)
-    config = Qwen2Config(
-        vocab_size=tiny.VOCABULARY,
-        hidden_size=33,
-        head_dim=16,
-        intermediate_size=37,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        eos_token_id=0,
-        bos_token_id=None,
-        pad_token_id=1,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1))
-    model.save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
 
 
 class Run:
@@ -112,15 +83,17 @@ def whole(folder: Path, model: Path, trust: bool) -> dict[str, dict[str, torch.T
     }
 
 
-@pytest.fixture(scope="module", params=[(1, 1), (2, 1), (2, 2)], ids=["1 rank", "2 ranks", "2 ranks for a sequence"])
-def run(request: pytest.FixtureRequest, odd_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    world, together = request.param
-    learner = LEARNER.model_copy(update={"ranks": world, "sequence_ranks": together})
-    ranks = Ranks(odd_model, world, learner, ROLLOUT)
-    made = Run(odd_model, ranks, tmp_path_factory.mktemp("run") / "start")
-    yield made
+def started(model: Path, folder: Path, world: int, sequence_ranks: int = 1) -> Iterator[Run]:
+    learner = LEARNER.model_copy(update={"ranks": world, "sequence_ranks": sequence_ranks})
+    ranks = Ranks(model, world, learner, ROLLOUT)
+    yield Run(model, ranks, folder / "start")
     ranks.close()
     assert not glob.glob(f"/dev/shm/{file_prefix(ranks.secret)}*")
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def run(request: pytest.FixtureRequest, odd_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    yield from started(odd_model, tmp_path_factory.mktemp("run"), request.param)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -256,6 +229,10 @@ def test_the_start_model_is_asked_once_about_the_same_rows(run: Run) -> None:
 
 
 def test_answers_are_compared_with_the_start_model_at_temperature_one(run: Run) -> None:
+    check_log_ratios(run)
+
+
+def check_log_ratios(run: Run) -> None:
     run.reset()
     groups = random_step(5)
 
@@ -283,6 +260,10 @@ def test_answers_are_compared_with_the_start_model_at_temperature_one(run: Run) 
 
 
 def test_steps_equal_the_plain_reference(run: Run, tmp_path: Path) -> None:
+    check_steps(run, tmp_path)
+
+
+def check_steps(run: Run, tmp_path: Path) -> None:
     run.reset()
     reference = Reference(run.model, LEARNER, ROLLOUT)
     for step in range(1, 4):
@@ -305,31 +286,6 @@ def test_steps_equal_the_plain_reference(run: Run, tmp_path: Path) -> None:
             assert_same_gradients(state, gradients, norm)
         for name, parameter in reference.model.named_parameters():
             assert relative(state["master"][name], parameter.detach()) < 1e-5, name
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_an_optimizer_in_host_memory_makes_the_same_steps(world: int, odd_model: Path, tmp_path: Path) -> None:
-    """On this device it is the same memory; what is tested is that every step takes DeepSpeed's other path rightly."""
-    learner = LEARNER.model_copy(update={"offload_optimizer": True})
-    ranks = Ranks(odd_model, world, learner, ROLLOUT)
-    run, reference = Run(odd_model, ranks, tmp_path / "start"), Reference(odd_model, LEARNER, ROLLOUT)
-    assert all(ranks.call(keeps_optimizer_in_host_memory))
-    for step in range(1, 4):
-        _, norm, _ = reference.step(step, random_step(step))
-        for report in run.step(step, random_step(step)):
-            assert report.grad_norm == pytest.approx(norm, rel=1e-5)
-        state = run.state(tmp_path / str(step))
-        for name, parameter in reference.model.named_parameters():
-            assert relative(state["master"][name], parameter.detach()) < 1e-5, name
-    ranks.call(LearnerRank.load, str(tmp_path / "2"))
-    assert [report.grad_norm for report in run.step(3, random_step(3))] == pytest.approx([norm] * world, rel=1e-5)
-    published = run.publish(3)
-    assert sum(size for piece in published.pieces for _, size in piece.ranges) == published.nbytes
-    ranks.close()
-
-
-def keeps_optimizer_in_host_memory(rank: LearnerRank) -> bool:
-    return bool(rank._engine.model._zero.offload_optimizer)
 
 
 def test_the_last_step_has_the_beta_that_the_run_ends_with(run: Run) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from configs.objectives import DpoObjective, GraoObjective
 from tests import tiny
 from tests.end_to_end.harness import config, grao, lines, write_config, write_rows
@@ -15,10 +13,9 @@ from tests.end_to_end.test_learner import LEARNER, ROLLOUT, Run, assert_first_st
 NOTE = "model.path: lfm2 has layers of type conv, in which answers of one prompt cannot be kept apart"
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_hybrid_models_gradients_are_the_references(world: int, tmp_path: Path) -> None:
+def test_a_hybrid_models_gradients_are_the_references(tmp_path: Path) -> None:
     folder = tiny.write_hybrid(tmp_path / "model")
-    ranks = Ranks(folder, world, LEARNER, ROLLOUT)
+    ranks = Ranks(folder, 2, LEARNER, ROLLOUT)
     run = Run(folder, ranks, tmp_path / "start")
     for facts in ranks.facts:
         assert facts.note is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.head import Case
 from benchmarks.measure import Ratio, alternate, gate, ratio, relative, report
 from benchmarks.paths import one_prompt_a_row
 from benchmarks.shapes import MODELS, SHAPES, Shape, groups, model_config, parameters_of, rows_of, work_of
@@ -82,6 +84,18 @@ def test_named_models_and_shapes_exist() -> None:
     assert sum(parameters_of(model_config("qwen2.5-7b"))) == pytest.approx(7.07e9, rel=0.01)
     assert set(SHAPES) >= {"hh", "gsm8k", "long"}
     assert len(MODELS) > 4
+
+
+def test_the_heads_ways_have_the_same_gradients() -> None:
+    options = argparse.Namespace(device="cpu", hidden=16, vocabulary=64, chunk=5)
+    case = Case(options, 12, "float32")
+    case.plain()
+    wanted = case.gradients()
+    assert case.hidden.grad is None
+    case.ours()
+    assert 0 < relative(case.gradients(), wanted) < 1e-5
+    case.products()
+    assert case.gradients() == {}
 
 
 def test_moves_of_a_mean_beside_those_that_the_prompts_alone_would_make() -> None:
