@@ -237,9 +237,9 @@ def attend(
     if sequence is None:
         return _attend(query, key, value, shared_map, window, scaling), None
     count = len(shared_map.slot)
-    mine = [sequence.to_heads(one)[:, :, :count] for one in (query, key, value)]
-    attended = _attend(*mine, shared_map, window, scaling)
     padding = query.shape[2] * sequence.size - count
+    query, key, value = (sequence.to_heads(one)[:, :, :count] for one in (query, key, value))
+    attended = _attend(query, key, value, shared_map, window, scaling)
     return sequence.to_positions(functional.pad(attended, (0, 0, 0, 0, 0, padding))), None
 
 
@@ -253,9 +253,9 @@ def _attend(
 ) -> torch.Tensor:
     """`attend` over all positions."""
     prompt_masks, answer_masks = shared_map.masks(window)
-    blocks = list(zip(*(_blocks(packed, shared_map) for packed in (query, key, value)), strict=True))
+    blocks: list[Three] = list(zip(*(_blocks(packed, shared_map) for packed in (query, key, value)), strict=True))
     count = len(prompt_masks)
-    outputs = [_sdpa(*one, mask, scaling) for one, mask in zip(blocks[:count], prompt_masks, strict=True)]
+    outputs = [_sdpa(*three, mask, scaling) for three, mask in zip(blocks[:count], prompt_masks, strict=True)]
     for block, own, mask in zip(shared_map.answers, blocks[count:], answer_masks, strict=True):
         outputs.append(_answers(block, blocks[block.prompts], own, mask, scaling))
     flat = torch.cat([one.flatten(0, 1) for one in outputs])

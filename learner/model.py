@@ -52,8 +52,8 @@ class MicroBatchTensors(NamedTuple):
     """f32[M]"""
     mine: torch.Tensor
     """i64[M] which targets of the micro-batch these are"""
-    count: int
-    """Targets of the micro-batch."""
+    all_targets: int
+    """How many the micro-batch has."""
 
 
 def to_tensors(
@@ -84,7 +84,7 @@ def to_tensors(
         targets=copied(batch.targets[mine]),
         weights=copied(batch.weights[mine]),
         mine=copied(mine),
-        count=count,
+        all_targets=count,
     )
 
 

@@ -163,8 +163,8 @@ class LearnerRank:
             return ()
         whole = self._learner.objective.keeps_pairs if together is None else together
         budget, shared = self._learner.tokens_per_micro_batch, self._engine.why_separate is None
-        together = self._learner.sequence_ranks
-        return plan(rows, prompts, self._world // together, budget, whole, shared)[self._rank // together]
+        sharing = self._learner.sequence_ranks
+        return plan(rows, prompts, self._world // sharing, budget, whole, shared)[self._rank // sharing]
 
     @property
     def _reports(self) -> bool:

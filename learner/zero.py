@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 import torch
 
@@ -223,16 +223,17 @@ class ZeroModule(Generic[Out]):
         """Outputs of all targets from those of this rank's; the loss stays as it is."""
         if self._sequence is None:
             return output
-        loss, *fields = output  # type: ignore[misc]
-        whole = (self._sequence.whole(field, tensors.mine, tensors.count) for field in fields)
-        return type(output)(loss, *whole)  # type: ignore[call-arg]
+        named: Any = output  # of which named tuple is only known to the model
+        fields = {name: field for name, field in named._asdict().items() if name != "loss"}
+        whole = {name: self._sequence.whole(field, tensors.mine, tensors.all_targets) for name, field in fields.items()}
+        return cast(Out, named._replace(**whole))
 
     def _weigh(self, weigh: Weigh, number: int, tensors: MicroBatchTensors) -> Callable[[torch.Tensor], torch.Tensor]:
         """`weigh`, which is about all targets of a micro-batch, as the model calls it with this rank's."""
         sequence = self._sequence
         if sequence is None:
             return partial(weigh, number)
-        return lambda values: weigh(number, sequence.whole(values, tensors.mine, tensors.count))[tensors.mine]
+        return lambda values: weigh(number, sequence.whole(values, tensors.mine, tensors.all_targets))[tensors.mine]
 
     def _named(self) -> Iterator[tuple[str, Any]]:
         for name, parameter in self._model.named_parameters():
