@@ -103,7 +103,7 @@ def test_moves_of_a_mean_beside_those_that_the_prompts_alone_would_make() -> Non
     assert made.tolist() == pytest.approx([0.5, -0.75])
     assert chance.tolist() == pytest.approx([0.25 + 0, 0 + 0.0625])
     draw = np.random.default_rng(0)
-    still = draw.random((4000, 8))  # a policy that never changes: all moves are chance
+    still = draw.random((40_000, 8))  # a policy that never changes: all moves are chance
     made, chance = moves(still.tolist())
     assert np.mean(made**2) == pytest.approx(np.mean(chance), rel=0.05)
 

@@ -30,7 +30,7 @@ def test_every_position_and_every_target_is_somebodys_once(size: int, answer: in
     assert sorted(mine) == list(range(len(batch.targets)))
     start = 0
     for part in parts:
-        assert part.count == len(batch.targets)
+        assert part.all_targets == len(batch.targets)
         assert (part.predict_at + start).tolist() == batch.predict_at[part.mine.numpy()].tolist()
         assert part.targets.tolist() == batch.targets[part.mine.numpy()].tolist()
         assert part.weights.tolist() == batch.weights[part.mine.numpy()].tolist()
