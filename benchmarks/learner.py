@@ -57,6 +57,8 @@ def main() -> None:
     steps: dict[str, Callable[..., None]] = {
         "single": plain.single, "padded": plain.padded, "packed": ours.packed, "shared": ours.shared,
     }  # fmt: skip
+    if device.type == "cuda":
+        steps["flex"] = ours.flex
     sides = {name: partial(_timed, partial(step, rows, prompts), (plain, ours), device) for name, step in steps.items()}
     found = alternate(sides, options.pairs, calibrator)
     rate, work = calibrator.result(), work_of(rows, prompts, config)
@@ -91,7 +93,12 @@ def _gate_measured(plain: Plain, ours: Packed, dtype: Dtype, some: Any) -> float
     """The worst of the other ways beside single sequences."""
     plain.single(*some)
     wanted, worst = plain.gradients(), 0.0
-    for side, step in ((plain, plain.padded), (ours, ours.packed), (ours, ours.shared)):
+    ways: list[tuple[Plain | Packed, Callable[..., None]]] = [
+        (plain, plain.padded), (ours, ours.packed), (ours, ours.shared),
+    ]  # fmt: skip
+    if next(ours.model.parameters()).is_cuda:
+        ways.append((ours, ours.flex))
+    for side, step in ways:
         step(*some)
         found = relative(side.gradients(), wanted)
         gate(found, ALLOWED[dtype], f"{step.__name__} in {dtype}")

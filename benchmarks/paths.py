@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from configs.schema import Dtype
+from configs.schema import AttentionKernel, Dtype
 from learner.model import TORCH_DTYPE, PolicyModel, build_model, to_tensors
 from learner.packing import plan
 from learner.types import MicroBatch, Row
@@ -72,9 +72,14 @@ class Packed:
         [batches] = plan(rows, prompts, ranks=1, token_budget=self._budget)
         self._run(batches)
 
-    def _run(self, batches: Sequence[MicroBatch]) -> None:
+    def flex(self, rows: Sequence[Row], prompts: Prompts) -> None:
+        """Shared prompts with learner.attention: flex."""
+        [batches] = plan(rows, prompts, ranks=1, token_budget=self._budget)
+        self._run(batches, "flex")
+
+    def _run(self, batches: Sequence[MicroBatch], kernel: AttentionKernel = "blocks") -> None:
         for batch in batches:
-            self.model(to_tensors(batch, self._device), 1.0, 1.0, self._chunk).loss.backward()
+            self.model(to_tensors(batch, self._device, kernel=kernel), 1.0, 1.0, self._chunk).loss.backward()
 
     def gradients(self) -> dict[str, torch.Tensor]:
         return _taken(self.model.hf)

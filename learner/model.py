@@ -16,7 +16,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from configs.schema import Dtype
+from configs.schema import AttentionKernel, Dtype
 from learner.attention import NAME, ModelError, SharedMap, refuse_later_tokens, shared_map, why_separate
 from learner.head import HeadOutput, LossHead, Weigh
 from learner.packing import plan
@@ -57,17 +57,26 @@ class MicroBatchTensors(NamedTuple):
 
 
 def to_tensors(
-    batch: MicroBatch, device: torch.device, share_prompts: bool = True, sequence: SequenceGroup | None = None
+    batch: MicroBatch,
+    device: torch.device,
+    share_prompts: bool = True,
+    kernel: AttentionKernel = "blocks",
+    sequence: SequenceGroup | None = None,
 ) -> MicroBatchTensors:
     """Copy a planned micro-batch to a device and work out its attention, once for all layers.
 
-    `share_prompts` is the model's; without it the micro-batch must have been planned without. With `sequence` only this
-    rank's positions are copied, and the targets that they predict.
+    `share_prompts` is the model's; without it the micro-batch must have been planned without, and `kernel` is of no
+    effect. With `sequence` only this rank's positions are copied, and the targets that they predict.
     """
     length, count = len(batch.token_ids), len(batch.targets)
     part, padded = slice(0, length), length
     if sequence is not None:
         part, padded = sequence.part(length)
+    layout: SharedMap | PaddedMap
+    if share_prompts:
+        layout = shared_map(batch.segments, device, kernel, sequence)
+    else:
+        layout = padded_map(batch.segments, device)
     mine = np.flatnonzero((batch.predict_at >= part.start) & (batch.predict_at < part.stop))
 
     def copied(array: npt.NDArray[Any]) -> torch.Tensor:
@@ -79,7 +88,7 @@ def to_tensors(
     return MicroBatchTensors(
         token_ids=positions(batch.token_ids),
         positions=positions(batch.positions),
-        layout=shared_map(batch.segments, device, sequence) if share_prompts else padded_map(batch.segments, device),
+        layout=layout,
         predict_at=copied(batch.predict_at[mine] - part.start),
         targets=copied(batch.targets[mine]),
         weights=copied(batch.weights[mine]),
@@ -126,36 +135,38 @@ class PackedModel(nn.Module, Generic[Out]):
                 module.training = mode
         return self
 
-    def check_isolation(self, device: torch.device) -> None:
+    def check_isolation(self, device: torch.device, kernel: AttentionKernel = "blocks") -> None:
         """Make sure that an answer's numbers do not change when another answer is computed beside it.
 
         Catches what no look at the config can: code that passes state between positions beside attention, or counts
         positions itself. Such a model computes each sequence by itself from then on. A few tiny forward passes; under
         ZeRO-3 every rank must call it. Raises ModelError where not even that helps.
         """
-        difference = self._difference_in_company(device)
+        difference = self._difference_in_company(device, kernel)
         if difference is not None and self.shares_prompts and self.hf._can_set_attn_implementation():
             self.why_separate = f"gives an answer other {difference} when another answer shares its prompt"
             self.hf.set_attn_implementation("sdpa" if self.hf._supports_sdpa else "eager")
-            difference = self._difference_in_company(device)
+            difference = self._difference_in_company(device, kernel)
         if difference is not None:
             raise ModelError(
                 f"model.path: {self.hf.config.model_type} gives an answer other {difference} when another answer is"
                 " computed beside it; use another model"
             )
 
-    def _difference_in_company(self, device: torch.device) -> str | None:
+    def _difference_in_company(self, device: torch.device, kernel: AttentionKernel) -> str | None:
         """What differs, in words; None where it is rounding alone."""
         raise NotImplementedError
 
-    def _answer_alone_and_in_company(self, device: torch.device) -> Iterator[tuple[MicroBatchTensors, torch.Tensor]]:
+    def _answer_alone_and_in_company(
+        self, device: torch.device, kernel: AttentionKernel
+    ) -> Iterator[tuple[MicroBatchTensors, torch.Tensor]]:
         """Two micro-batches, and where in each the targets of the same answer are."""
         prompt, answer, other = (1, 2, 3), (4, 5, 6, 7), (11, 10, 9, 8, 7)
         for answers in ((answer,), (other, answer)):
             rows = [Row(group=0, kind="reference", token_ids=ids, logprobs=None, weight=1.0) for ids in answers]
             [[batch]] = plan(rows, [prompt], ranks=1, token_budget=64, share_prompts=self.shares_prompts)
             own = [place for place, row in enumerate(batch.rows) if row == len(answers) - 1]
-            yield to_tensors(batch, device, self.shares_prompts), torch.from_numpy(batch.row_of == own[0])
+            yield to_tensors(batch, device, self.shares_prompts, kernel), torch.from_numpy(batch.row_of == own[0])
 
 
 class PolicyModel(PackedModel[HeadOutput]):
@@ -181,10 +192,10 @@ class PolicyModel(PackedModel[HeadOutput]):
         )
 
     @torch.no_grad()
-    def _difference_in_company(self, device: torch.device) -> str | None:
+    def _difference_in_company(self, device: torch.device, kernel: AttentionKernel) -> str | None:
         found = [
             self(tensors, 1.0, 1.0, chunk=64).logprobs.cpu()[answer]
-            for tensors, answer in self._answer_alone_and_in_company(device)
+            for tensors, answer in self._answer_alone_and_in_company(device, kernel)
         ]
         worst = float((found[0] - found[1]).abs().max())
         return None if worst <= ISOLATION_TOLERANCE[self.hf.dtype] else f"log-probabilities (by {worst:.2g})"

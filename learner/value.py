@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from configs.schema import Dtype
+from configs.schema import AttentionKernel, Dtype
 from learner.attention import ModelError
 from learner.head import Weigh
 from learner.model import (
@@ -68,10 +68,10 @@ class ValueModel(PackedModel[ValueOutput]):
         return ValueOutput(-(weights * values).sum(), values)
 
     @torch.no_grad()
-    def _difference_in_company(self, device: torch.device) -> str | None:
+    def _difference_in_company(self, device: torch.device, kernel: AttentionKernel) -> str | None:
         found = [
             self.hidden(self.hf.base_model, tensors).float()[answer.to(device)]
-            for tensors, answer in self._answer_alone_and_in_company(device)
+            for tensors, answer in self._answer_alone_and_in_company(device, kernel)
         ]
         worst = float((found[0] - found[1]).abs().max() / found[0].abs().max())
         return None if worst <= ISOLATION_TOLERANCE[self.hf.dtype] else f"hidden states (by {worst:.2g} of the largest)"

@@ -67,7 +67,7 @@ class ZeroModule(Generic[Out]):
         self._engine, *_ = deepspeed.initialize(model=model.requires_grad_(train), optimizer=optimizer, config=settings)
         self._engine.train(train)
         with self.untraced():
-            model.check_isolation(device)
+            model.check_isolation(device, learner.attention)
 
     @property
     def why_separate(self) -> str | None:
@@ -217,7 +217,7 @@ class ZeroModule(Generic[Out]):
     def _tensors(self, batch: MicroBatch) -> MicroBatchTensors:
         from learner.model import to_tensors
 
-        return to_tensors(batch, self._device, self._model.shares_prompts, self._sequence)
+        return to_tensors(batch, self._device, self._model.shares_prompts, self._learner.attention, self._sequence)
 
     def _whole(self, output: Out, tensors: MicroBatchTensors) -> Out:
         """Outputs of all targets from those of this rank's; the loss stays as it is."""

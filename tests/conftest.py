@@ -34,3 +34,9 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the folder of real data is not beside this checkout")
     return SHARED_DATA
+
+
+@pytest.fixture
+def flex_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention's plain form, which has gradients on CPU as well; PyTorch refuses it there for being slow."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)

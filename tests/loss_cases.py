@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configs.objectives import AnyObjective
+from configs.schema import AttentionKernel
 from learner.model import PolicyModel, build_model, to_tensors
 from learner.objectives.build import build_objective
 from learner.packing import plan
@@ -55,6 +56,7 @@ def reference(
 def learner(
     policy: PolicyModel, groups: Sequence[ScoredGroup], objective: AnyObjective, temperature: float,
     ranks: int = 1, budget: int = 4096, chunk: int = 7, start: PolicyModel | None = None,
+    kernel: AttentionKernel = "blocks",
 ) -> tuple[float, Gradients]:  # fmt: skip
     """What ranks and micro-batches add up to, as learner/worker.py does it; the terms must add up to the loss."""
     policy.zero_grad()
@@ -64,7 +66,7 @@ def learner(
     results: dict[int, RowResult] = {}
     for batches in plan(rows, prompts, ranks, budget, objective.keeps_pairs, policy.shares_prompts):
         for batch in batches:
-            results |= {one.row: one for one in _one_batch(policy, batch, objective, temperature, chunk, start)}
+            results |= {one.row: one for one in _one_batch(policy, batch, objective, temperature, chunk, start, kernel)}
     loss = -sum(one.gain - one.penalty for one in results.values())
     assert sum(method.terms(groups, rows, results).values()) == pytest.approx(-loss, rel=1e-5, abs=1e-6)
     return loss, gradients_of(policy.hf)
@@ -72,9 +74,9 @@ def learner(
 
 def _one_batch(
     policy: PolicyModel, batch: MicroBatch, objective: AnyObjective, temperature: float, chunk: int,
-    start: PolicyModel | None,
+    start: PolicyModel | None, kernel: AttentionKernel,
 ) -> list[RowResult]:  # fmt: skip
-    tensors, method, begin = to_tensors(batch, DEVICE, policy.shares_prompts), build_objective(objective), None
+    tensors, method, begin = to_tensors(batch, DEVICE, policy.shares_prompts, kernel), build_objective(objective), None
     if start is not None:
         with torch.no_grad():
             begin = _values(start(tensors, temperature, 1.0, chunk))
@@ -119,7 +121,7 @@ class Case:
         )
 
     def check(
-        self, groups: Sequence[ScoredGroup], objective: AnyObjective, temperature: float = 0.7, **how: int
+        self, groups: Sequence[ScoredGroup], objective: AnyObjective, temperature: float = 0.7, **how: Any
     ) -> tuple[float, Gradients]:
         wanted = reference(self.plain, groups, objective, temperature)
         made = learner(self.policy, groups, objective, temperature, **how)

@@ -11,8 +11,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from learner import attention
+from configs.schema import AttentionKernel
+from learner import blocks
 from learner.attention import ModelError, attend, refuse_later_tokens, shared_map, why_separate
+from learner.blocks import block_map
+from learner.flex import flex_map
 
 DEVICE = torch.device("cpu")
 Layouts = list[tuple[int, list[int]]]
@@ -55,18 +58,21 @@ CASES: list[Layouts] = [
 ]
 
 
+@pytest.mark.usefixtures("flex_gradients")
 @pytest.mark.parametrize("window", [None, 1, 4, 66])
 @pytest.mark.parametrize(("heads", "kv_heads", "value_size"), [(4, 2, 8), (3, 3, 5)])
 @pytest.mark.parametrize("layouts", CASES, ids=str)
-def test_values_and_gradients(layouts: Layouts, heads: int, kv_heads: int, value_size: int, window: int | None) -> None:
+@pytest.mark.parametrize("kernel", ["blocks", "flex"])
+def test_values_and_gradients(
+    kernel: AttentionKernel, layouts: Layouts, heads: int, kv_heads: int, value_size: int, window: int | None
+) -> None:
     segments, positions = pack(layouts)
     generator = torch.Generator().manual_seed(0)
     shapes = [(heads, 8), (kv_heads, 8), (kv_heads, value_size)]
     made = [torch.randn(1, h, len(positions), d, generator=generator).requires_grad_() for h, d in shapes]
     plain = [one.detach().double().requires_grad_() for one in made]
-    found, _ = attend(
-        torch.nn.Identity(), *made, None, scaling=0.5, shared_map=shared_map(segments, DEVICE), sliding_window=window
-    )
+    shared = shared_map(segments, DEVICE, kernel)
+    found, _ = attend(torch.nn.Identity(), *made, None, scaling=0.5, shared_map=shared, sliding_window=window)
     wanted = dense(*plain, segments, positions, 0.5, window)
     assert found.shape == (1, len(positions), heads, value_size)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
@@ -78,7 +84,8 @@ def test_values_and_gradients(layouts: Layouts, heads: int, kv_heads: int, value
         torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_random_layouts() -> None:
+@pytest.mark.parametrize("kernel", ["blocks", "flex"])
+def test_random_layouts(kernel: AttentionKernel) -> None:
     draw = random.Random(0)
     for _ in range(30):
         layouts = [
@@ -88,9 +95,8 @@ def test_random_layouts() -> None:
         segments, positions = pack(layouts)
         q, k, v = (torch.randn(1, 2, len(positions), 4) for _ in range(3))
         window = draw.choice([None, draw.randint(1, 100)])
-        found, _ = attend(
-            torch.nn.Identity(), q, k, v, None, 0.3, shared_map=shared_map(segments, DEVICE), sliding_window=window
-        )
+        shared = shared_map(segments, DEVICE, kernel)
+        found, _ = attend(torch.nn.Identity(), q, k, v, None, 0.3, shared_map=shared, sliding_window=window)
         wanted = dense(q, k, v, segments, positions, 0.3, window)
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
@@ -98,10 +104,10 @@ def test_random_layouts() -> None:
 @pytest.mark.parametrize("window", [None, 40])
 def test_long_answers_of_one_prompt(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long as their prompt or longer, beside shorter ones of it and long ones of another prompt."""
-    monkeypatch.setattr(attention, "LONG", 8)
+    monkeypatch.setattr(blocks, "LONG", 8)
     layouts: Layouts = [(9, [9, 30, 8, 12]), (5, [40, 7, 8]), (50, [49, 50]), (5, [40, 3])]
-    test_values_and_gradients(layouts, 4, 2, 8, window)
-    shared = shared_map(pack(layouts)[0], DEVICE)
+    test_values_and_gradients("blocks", layouts, 4, 2, 8, window)
+    shared = block_map(pack(layouts)[0], DEVICE)
     of_prompts = sorted(one.long_of for one in shared.answers if one.long_of is not None)
     assert of_prompts == [5, 5, 9, 50]
     masks = shared.masks(window)[1]
@@ -111,14 +117,14 @@ def test_long_answers_of_one_prompt(window: int | None, monkeypatch: pytest.Monk
 def test_a_very_long_answer_has_no_mask() -> None:
     """32k tokens: a mask alone would have 2^30 elements and be made in float once more."""
     segments, _ = pack([(200, [32_000, 20])])
-    shared = shared_map(segments, DEVICE)
+    shared = block_map(segments, DEVICE)
     assert sum(mask.numel() for mask in shared.masks(None)[1] if mask is not None) < 10_000
 
 
 def test_padding_stays_small() -> None:
     """Answers of very different lengths are not padded to the longest."""
     segments, _ = pack([(100, [1000, *[30] * 40])])
-    shared = shared_map(segments, DEVICE)
+    shared = block_map(segments, DEVICE)
     assert len(shared.source) <= 1.1 * len(segments)
     pairs = sum(one.shape[0] * one.shape[1] * (one.padded_prompt + one.shape[1]) for one in shared.answers)
     assert pairs <= 1000 * 1100 + 40 * 30 * 130
@@ -126,10 +132,36 @@ def test_padding_stays_small() -> None:
 
 def test_masks_are_made_once_for_all_layers() -> None:
     segments, _ = pack([(5, [3, 4])])
-    shared = shared_map(segments, DEVICE)
+    shared = block_map(segments, DEVICE)
     assert shared.masks(None) is shared.masks(100)  # a window that sees everything is none
     assert shared.masks(3) is shared.masks(3)
     assert shared.masks(3) is not shared.masks(None)
+
+
+def test_flex_skips_what_nobody_looks_at() -> None:
+    """Of two groups with long answers only the blocks along each answer and its prompt are computed."""
+    segments, positions = pack([(256, [512, 512, 512]), (256, [512])])
+    shared = flex_map(segments, DEVICE)
+    size = len(shared.layout)
+    assert shared.count == len(segments) == size
+    assert shared.position.tolist() == positions.tolist()
+    mask = shared.mask(None)
+    assert mask is shared.mask(10_000)
+    assert mask is not shared.mask(300)
+    computed = int(mask.kv_num_blocks.sum()) + int(mask.full_kv_num_blocks.sum())
+    prompts, answers = 2 * (1 + 2), 4 * (4 * 2 + (1 + 2 + 3 + 4))
+    assert computed == prompts + answers
+    assert int(mask.full_kv_num_blocks.sum()) == computed - 2 * 2 - 4 * 4  # the diagonal alone is looked at in part
+    near = shared.mask(128)
+    assert int(near.kv_num_blocks.sum()) + int(near.full_kv_num_blocks.sum()) < computed / 2
+
+
+def test_flex_pads_to_few_lengths() -> None:
+    lengths = {len(flex_map(pack([(count, [1])])[0], DEVICE).layout) for count in range(1, 4000, 37)}
+    assert len(lengths) <= 8 + 8 + 8
+    assert all(length % 128 == 0 for length in lengths)
+    segments, _ = pack([(1500, [800])])
+    assert len(flex_map(segments, DEVICE).layout) <= 1.125 * len(segments)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ def test_an_objective_is_a_name_or_a_section() -> None:
         (["rollout.samples_per_prompt=1"], "'rollout.samples_per_prompt' is 1: input should be greater than or equal"),
         (["learner.tokens_per_micro_batch=47"], "raise it to 48 or more"),
         (["learner.transport=nccl"], "needs cluster.device: gpu"),
+        (["learner.attention=flex"], "learner.attention 'flex' needs cluster.device: gpu; on cpu use 'blocks'"),
         (["cluster.device=gpu", "cluster.colocate=true"], "learner.transport: ipc go together"),
         ([f"learner.objective.{key}=0" for key in ("alpha", "beta", "lambda")], "nothing would be learned"),
         (["learner.warmup_steps=101"], "learner.warmup_steps is above learner.steps"),
@@ -179,7 +180,7 @@ def test_a_rank_has_as_many_threads_as_whole_cpus_unless_it_is_told() -> None:
 
 
 def test_the_number_of_settings_grows_only_on_purpose() -> None:
-    assert len(list(field_names())) <= 92
+    assert len(list(field_names())) <= 93
 
 
 def test_the_config_explained_in_the_readme_is_valid() -> None:

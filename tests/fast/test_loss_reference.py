@@ -153,11 +153,14 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.usefixtures("flex_gradients")
 @pytest.mark.parametrize(("family", "options"), FAMILIES, ids=[f"{name}-{len(more)}" for name, more in FAMILIES])
 def test_families(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     case = Case(write_model(tmp_path, family, **options), checkpointing=family in ("gpt_neox", "mistral", "qwen2_moe"))
     case.check(some_groups(seed=7, count=2), GraoObjective())
     case.check(some_groups(seed=9, count=3), GraoObjective(), ranks=2, budget=48, chunk=5)
+    case.check(some_groups(seed=10, count=2), GraoObjective(), kernel="flex")
+    case.policy.check_isolation(DEVICE, "flex")
     case.policy.check_isolation(DEVICE)
     assert case.policy.shares_prompts
 

@@ -21,7 +21,7 @@ def test_every_position_and_every_target_is_somebodys_once(size: int, answer: in
         Row(group=0, kind="sample", token_ids=tuple(range(10, 10 + answer)), logprobs=None, weight=w) for w in (1, 2)
     ]
     [[batch]] = plan(rows, [(3, 4, 5)], 1, 64)
-    parts = [to_tensors(batch, torch.device("cpu"), True, SequenceGroup(None, rank, size)) for rank in range(size)]
+    parts = [to_tensors(batch, torch.device("cpu"), sequence=SequenceGroup(None, rank, size)) for rank in range(size)]
     assert len({part.token_ids.shape for part in parts}) == 1
     tokens = torch.cat([part.token_ids[0] for part in parts])
     assert tokens[: len(batch.token_ids)].tolist() == batch.token_ids.tolist()
