@@ -95,7 +95,12 @@ def _ours(options: Any, folder: Path) -> list[str]:
     (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in _questions()))
     tree = {
         "model": {"path": options.model},
-        "data": {"train": str(folder / "rows.jsonl"), "heldout_rows": 0, "max_prompt_tokens": 96},
+        "data": {
+            "train": str(folder / "rows.jsonl"),
+            "heldout_rows": 0,
+            "max_prompt_tokens": 96,
+            "max_reference_tokens": 32,
+        },
         "rollout": {
             "samples_per_prompt": options.samples,
             "temperature": 1.0,
