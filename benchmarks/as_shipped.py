@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from benchmarks.measure import facts, on_one_core, parser, ratio, report
-from benchmarks.sides import PEER, ROOT
+from benchmarks.sides import PEER, ROOT, peer_version
 from learner.model import TORCH_DTYPE
 
 STEP = re.compile(r"\bstep +(\d+)")
@@ -58,7 +58,12 @@ def main() -> None:
     import torch
 
     on_one_core(torch.device("cpu"))
-    about = {"steps counted in a run": options.steps - 1, "cores": os.cpu_count(), **facts(torch.device("cpu"))}
+    about = {
+        "steps counted in a run": options.steps - 1,
+        "cores": os.cpu_count(),
+        "trl": peer_version(),
+        **facts(torch.device("cpu")),
+    }
     report(title, table, about, options.json)
 
 

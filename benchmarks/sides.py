@@ -18,6 +18,12 @@ PEER = ROOT / ".peer"
 GRAO = {"name": "grao"}
 
 
+def peer_version() -> str:
+    """Of TRL in .peer."""
+    found = next(PEER.glob("trl-*.dist-info"), None)
+    return "unknown" if found is None else found.name.removeprefix("trl-").removesuffix(".dist-info")
+
+
 class Side:
     """A process that makes one update at each call. On a CPU all have the memory settings of our ranks, TRL too."""
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 from benchmarks.measure import Calibrator, alternate, facts, on_one_core, parser, ratio, report
 from benchmarks.shapes import SHAPES, groups, rows_of, tokens, work_of
-from benchmarks.sides import GRAO, PEER, Side, plain_groups
+from benchmarks.sides import GRAO, PEER, Side, peer_version, plain_groups
 from learner.model import TORCH_DTYPE
 
 ALLOWED = 1e-4
@@ -71,7 +71,7 @@ def main() -> None:
     about = {
         **tokens(needed, rate),
         "gradient norms in float32": f"{norms[0]:.6g} and TRL's {norms[1]:.6g}",
-        "trl": _peer_version(),
+        "trl": peer_version(),
         **facts(device),
     }
     report(f"{options.model} {options.dtype}, {options.groups} x {shape}", table, about, options.json)
@@ -97,11 +97,6 @@ def _gate(work: dict[str, Any], folder: Path) -> tuple[float, float]:
 
 def _trl(work: dict[str, Any], folder: Path, name: str, *flags: str) -> Side:
     return Side(("-u", "benchmarks/trl_side.py", *flags), work, folder, name)
-
-
-def _peer_version() -> str:
-    found = next(PEER.glob("trl-*.dist-info"), None)
-    return "unknown" if found is None else found.name.removeprefix("trl-").removesuffix(".dist-info")
 
 
 def _options() -> Any:
