@@ -25,14 +25,16 @@ def peer_version() -> str:
 
 
 class Side:
-    """A process that makes one update at each call. On a CPU all have the memory settings of our ranks, TRL too."""
+    """A process that makes one update at each call; on a CPU with the memory settings of our ranks, if `as_a_rank`."""
 
-    def __init__(self, command: Sequence[str], work: dict[str, Any], folder: Path, name: str) -> None:
+    def __init__(
+        self, command: Sequence[str], work: dict[str, Any], folder: Path, name: str, as_a_rank: bool = True
+    ) -> None:
         file = folder / f"{name}.json"
         file.write_text(json.dumps(work))
         environment = {
             **os.environ,
-            **(RANK_MEMORY if work["device"] == "cpu" else {}),
+            **(RANK_MEMORY if work["device"] == "cpu" and as_a_rank else {}),
             "PYTHONPATH": f"{ROOT}:{PEER}",
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",

@@ -5,7 +5,8 @@
 
 Gate: under the same objective (GRPO without KL, advantages without their standard deviation) both sides' gradient
 norms are equal in float32. Then all sides take turns, each in a process of its own with one thread. TRL trains G
-sequences a group, GRAO G + 1: the ratios are of seconds per trained sequence.
+sequences a group, GRAO G + 1: the ratios are of seconds per trained sequence. On a CPU TRL has the memory settings that
+our ranks give themselves, which make it faster, and once more those that Python comes with, as its users start it.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def main() -> None:
             ),
             "TRL": _trl(work, Path(place), "trl"),
             "TRL with its pass for vLLM's samples": _trl(work, Path(place), "trl-old", "--old-pass"),
+            "TRL, memory as Python comes": _trl(work, Path(place), "trl-own", as_a_rank=False),
         }
         found = alternate(sides, options.pairs, calibrator)
         for side in sides.values():
@@ -95,8 +97,8 @@ def _gate(work: dict[str, Any], folder: Path) -> tuple[float, float]:
     return norms[0], norms[1]
 
 
-def _trl(work: dict[str, Any], folder: Path, name: str, *flags: str) -> Side:
-    return Side(("-u", "benchmarks/trl_side.py", *flags), work, folder, name)
+def _trl(work: dict[str, Any], folder: Path, name: str, *flags: str, as_a_rank: bool = True) -> Side:
+    return Side(("-u", "benchmarks/trl_side.py", *flags), work, folder, name, as_a_rank)
 
 
 def _options() -> Any:
