@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -56,13 +57,15 @@ class Side:
         """Seconds of one update."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it ended; the next lines say so
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
         for line in self._process.stdout:
             if line.startswith("@ "):
                 taken, self.norm = map(float, line.split()[1:])
                 return taken
-        sys.exit(f"{self._name} ended: {self._log.read_text().strip().splitlines()[-1:]}")
+        said = self._log.read_text().strip().splitlines()[-1:]
+        sys.exit(f"{self._name} ended with status {self._process.wait()} (-9: often for lack of memory): {said}")
 
     def close(self) -> None:
         assert self._process.stdin is not None

@@ -47,9 +47,6 @@ def main() -> None:
         calibrator = Calibrator(device, TORCH_DTYPE[options.dtype])
         sides = {
             "GRAO": Side(("-m", "benchmarks.grao_side"), {**work, "objective": GRAO}, Path(place), "grao"),
-            "GRPO on our learner": Side(
-                ("-m", "benchmarks.grao_side"), {**work, "objective": GRPO}, Path(place), "grpo"
-            ),
             "TRL": _trl(work, Path(place), "trl"),
             "TRL with its pass for vLLM's samples": _trl(work, Path(place), "trl-old", "--old-pass"),
             "TRL, memory as Python comes": _trl(work, Path(place), "trl-own", as_a_rank=False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from benchmarks.head import Case
 from benchmarks.measure import Ratio, alternate, gate, ratio, relative, report
 from benchmarks.paths import one_prompt_a_row
 from benchmarks.shapes import MODELS, SHAPES, Shape, groups, model_config, parameters_of, rows_of, work_of
+from benchmarks.sides import Side
 from benchmarks.swings import moves
 
 
@@ -106,6 +108,13 @@ def test_moves_of_a_mean_beside_those_that_the_prompts_alone_would_make() -> Non
     still = draw.random((40_000, 8))  # a policy that never changes: all moves are chance
     made, chance = moves(still.tolist())
     assert np.mean(made**2) == pytest.approx(np.mean(chance), rel=0.05)
+
+
+def test_a_side_that_dies_is_one_line_with_its_cause(tmp_path: Path) -> None:
+    dying = Side(("-c", "import sys; sys.exit('no room left')"), {"device": "cpu"}, tmp_path, "TRL")
+    time.sleep(0.5)  # for the pipe to break as well
+    with pytest.raises(SystemExit, match=r"^TRL ended with status 1 .*: \['no room left'\]$"):
+        dying()
 
 
 def test_a_report_is_a_table_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
