@@ -39,7 +39,7 @@ bench: install $(MODEL)/config.json peer  ## every benchmark with its table; abo
 	@$(BIN)/python -m benchmarks.memory --json runs/bench/memory.json
 	@$(BIN)/python -m benchmarks.zero3 --json runs/bench/zero3.json
 	@$(BIN)/python -m benchmarks.versus_trl --shape hh --json runs/bench/versus-trl-hh.json
-	@$(BIN)/python -m benchmarks.versus_trl --shape gsm8k --groups 1 --json runs/bench/versus-trl-gsm8k.json
+	@$(BIN)/python -m benchmarks.versus_trl --shape gsm8k --groups 1 --trl plain old-pass --json runs/bench/versus-trl-gsm8k.json
 
 check: install  ## format, lint and types
 	@$(BIN)/ruff format --check .

@@ -28,6 +28,12 @@ from learner.model import TORCH_DTYPE
 ALLOWED = 1e-4
 GRPO = {"name": "grpo", "kl": 0.0, "normalise_std": False, "clip": None}
 """Without a clip: on its own samples, where TRL's ratio is 1, a clip changes nothing."""
+TRL: dict[str, tuple[str, tuple[str, ...], bool]] = {
+    "plain": ("TRL", (), True),
+    "old-pass": ("TRL with its pass for vLLM's samples", ("--old-pass",), True),
+    "own-memory": ("TRL, memory as Python comes", (), False),
+}
+"""Ways to run it: title, flags of trl_side.py, whether it has our ranks' memory settings."""
 
 
 def main() -> None:
@@ -45,12 +51,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         norms = _gate(work, Path(place))
         calibrator = Calibrator(device, TORCH_DTYPE[options.dtype])
-        sides = {
-            "GRAO": Side(("-m", "benchmarks.grao_side"), {**work, "objective": GRAO}, Path(place), "grao"),
-            "TRL": _trl(work, Path(place), "trl"),
-            "TRL with its pass for vLLM's samples": _trl(work, Path(place), "trl-old", "--old-pass"),
-            "TRL, memory as Python comes": _trl(work, Path(place), "trl-own", as_a_rank=False),
-        }
+        sides = {"GRAO": Side(("-m", "benchmarks.grao_side"), {**work, "objective": GRAO}, Path(place), "grao")}
+        for name in options.trl:
+            title, flags, as_a_rank = TRL[name]
+            sides[title] = _trl(work, Path(place), name, *flags, as_a_rank=as_a_rank)
         found = alternate(sides, options.pairs, calibrator)
         for side in sides.values():
             side.close()
@@ -103,6 +107,7 @@ def _options() -> Any:
     made.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="a folder with weights and a tokenizer")
     made.add_argument("--shape", choices=sorted(SHAPES), default="hh")
     made.add_argument("--groups", type=int, default=2)
+    made.add_argument("--trl", nargs="+", choices=sorted(TRL), default=list(TRL), help="fewer where memory is short")
     made.add_argument("--dtype", choices=sorted(TORCH_DTYPE), default="bfloat16")
     made.add_argument("--device", default="cpu")
     made.add_argument("--budget", type=int, default=8192, help="learner.tokens_per_micro_batch")
