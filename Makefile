@@ -32,7 +32,7 @@ test-end-to-end: install  ## real Ray, vLLM and DeepSpeed on tiny models
 peer: install  ## TRL for benchmarks/versus_trl.py, into .peer (it needs nothing that .venv does not have)
 	@test -d .peer/trl || $(BIN)/python -m pip install --quiet --no-deps --target .peer trl==1.16.0
 
-bench: install $(MODEL)/config.json peer  ## every benchmark with its table; about half an hour on 2 cores
+bench: install $(MODEL)/config.json peer  ## every benchmark with its table; an hour or more on 2 cores
 	@$(BIN)/python -m benchmarks.learner --shape hh --json runs/bench/learner-hh.json
 	@$(BIN)/python -m benchmarks.learner --shape gsm8k --json runs/bench/learner-gsm8k.json
 	@$(BIN)/python -m benchmarks.head --json runs/bench/head.json
@@ -40,6 +40,8 @@ bench: install $(MODEL)/config.json peer  ## every benchmark with its table; abo
 	@$(BIN)/python -m benchmarks.zero3 --json runs/bench/zero3.json
 	@$(BIN)/python -m benchmarks.versus_trl --shape hh --json runs/bench/versus-trl-hh.json
 	@$(BIN)/python -m benchmarks.versus_trl --shape gsm8k --groups 1 --trl plain old-pass --json runs/bench/versus-trl-gsm8k.json
+	@$(BIN)/python -m benchmarks.versus_trl --shape gsm8k --groups 1 --trl own-memory --json runs/bench/versus-trl-gsm8k-own.json
+	@$(BIN)/python -m benchmarks.as_shipped --json runs/bench/as-shipped.json
 
 check: install  ## format, lint and types
 	@$(BIN)/ruff format --check .

@@ -16,6 +16,8 @@ from reward.types import ScoredGroup
 
 ROOT = Path(__file__).resolve().parents[1]
 PEER = ROOT / ".peer"
+CORES = os.sched_getaffinity(0)
+"""Before the benchmark keeps to one of them: each side chooses its own."""
 GRAO = {"name": "grao"}
 
 
@@ -50,6 +52,7 @@ class Side:
                 text=True,
                 cwd=ROOT,
                 env=environment,
+                preexec_fn=lambda: os.sched_setaffinity(0, CORES),
             )
         self.norm = float("nan")
 
