@@ -42,13 +42,19 @@ class ModelError(LearnerError):
 class SharedMap:
     """Who attends to whom in a micro-batch of N packed positions, and one way to compute it."""
 
-    def __init__(self, kernel: BlockMap | FlexMap, count: int, sequence: SequenceGroup | None) -> None:
-        self.kernel, self.count, self.sequence = kernel, count, sequence
+    def __init__(
+        self, kernel: BlockMap | FlexMap, positions: npt.NDArray[np.int64], sequence: SequenceGroup | None
+    ) -> None:
+        self.kernel, self.count, self.sequence = kernel, len(positions), sequence
+        self.longest = int(positions.max()) + 1
+        """Positions of the longest prompt with one answer."""
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, scaling: float | None
     ) -> torch.Tensor:
         """[1, H, N, D] over [1, H or fewer, N, D] -> [1, N, H, D]; of ranks that share positions, each its own."""
+        if window is not None and window >= self.longest:
+            window = None  # it sees everything, so it needs no masks of its own
         if self.sequence is None:
             return self.kernel.attend(query, key, value, window, scaling)
         padding = query.shape[2] * self.sequence.size - self.count
@@ -59,16 +65,17 @@ class SharedMap:
 
 def shared_map(
     segments: npt.NDArray[np.int32],
+    positions: npt.NDArray[np.int64],
     device: torch.device,
     kernel: AttentionKernel = "blocks",
     sequence: SequenceGroup | None = None,
 ) -> SharedMap:
-    """From the segments [N, 2] of (layout, row) of a micro-batch; worked out once for all layers."""
+    """From the segments [N, 2] of (layout, row) and the positions [N] of a micro-batch; made once for all layers."""
     if kernel == "blocks":
-        return SharedMap(block_map(segments, device), len(segments), sequence)
+        return SharedMap(block_map(segments, device), positions, sequence)
     from learner.flex import flex_map  # its import takes a second
 
-    return SharedMap(flex_map(segments, device), len(segments), sequence)
+    return SharedMap(flex_map(segments, positions, device), positions, sequence)
 
 
 def attend(

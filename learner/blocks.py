@@ -101,15 +101,11 @@ class BlockMap:
     """i64[N] slot of each packed position"""
     prompts: tuple[PromptBlock, ...]
     answers: tuple[AnswerBlock, ...]
-    longest: int
-    """Positions of the longest prompt with one answer."""
     made: dict[int | None, Masks] = field(default_factory=dict)
     """Masks by window: made by the first layer that needs them, used by the others."""
 
     def masks(self, window: int | None) -> Masks:
-        """The masks of a layer with this sliding window; None where it sees everything before it."""
-        if window is not None and window >= self.longest:
-            window = None
+        """The masks of a layer with this sliding window; None for a layer that sees everything before it."""
         if window not in self.made:
             device = self.source.device
             of_prompts = [block.mask(window, device) for block in self.prompts]
@@ -120,7 +116,14 @@ class BlockMap:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, scaling: float | None
     ) -> torch.Tensor:
         """[1, H, N, D] over [1, H or fewer, N, D] -> [1, N, H, D]."""
-        return _attend(query, key, value, self, window, scaling)
+        prompt_masks, answer_masks = self.masks(window)
+        blocks: list[Three] = list(zip(*(_blocks(packed, self) for packed in (query, key, value)), strict=True))
+        count = len(prompt_masks)
+        outputs = [_sdpa(*three, mask, scaling) for three, mask in zip(blocks[:count], prompt_masks, strict=True)]
+        for block, own, mask in zip(self.answers, blocks[count:], answer_masks, strict=True):
+            outputs.append(_answers(block, blocks[block.prompts], own, mask, scaling))
+        flat = torch.cat([one.flatten(0, 1) for one in outputs])
+        return flat.index_select(0, self.slot)[None]
 
 
 def block_map(segments: npt.NDArray[np.int32], device: torch.device) -> BlockMap:
@@ -162,7 +165,6 @@ def block_map(segments: npt.NDArray[np.int32], device: torch.device) -> BlockMap
         slot=torch.from_numpy(slot).to(device),
         prompts=prompt_blocks,
         answers=tuple(blocks),
-        longest=max(part.length + (length_of[part.layout] if part.row else 0) for part in parts),
     )
 
 
@@ -183,25 +185,6 @@ def _padded(parts: Sequence[Part]) -> npt.NDArray[np.int64]:
     for row, part in zip(padded, parts, strict=True):
         row[: part.length] = np.arange(part.start, part.start + part.length)
     return padded
-
-
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    shared_map: BlockMap,
-    window: int | None,
-    scaling: float | None,
-) -> torch.Tensor:
-    """`BlockMap.attend`."""
-    prompt_masks, answer_masks = shared_map.masks(window)
-    blocks: list[Three] = list(zip(*(_blocks(packed, shared_map) for packed in (query, key, value)), strict=True))
-    count = len(prompt_masks)
-    outputs = [_sdpa(*three, mask, scaling) for three, mask in zip(blocks[:count], prompt_masks, strict=True)]
-    for block, own, mask in zip(shared_map.answers, blocks[count:], answer_masks, strict=True):
-        outputs.append(_answers(block, blocks[block.prompts], own, mask, scaling))
-    flat = torch.cat([one.flatten(0, 1) for one in outputs])
-    return flat.index_select(0, shared_map.slot)[None]
 
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

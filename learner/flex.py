@@ -41,15 +41,11 @@ class FlexMap:
     """i64[L] place in the sequence of prompt and answer"""
     count: int
     """N"""
-    longest: int
-    """Positions of the longest prompt with one answer."""
     made: dict[int | None, BlockMask] = field(default_factory=dict)
     """Masks by window: made by the first layer that needs them, used by the others."""
 
     def mask(self, window: int | None) -> BlockMask:
-        """The mask of a layer with this sliding window; None where it sees everything before it."""
-        if window is not None and window >= self.longest:
-            window = None
+        """The mask of a layer with this sliding window; None for a layer that sees everything before it."""
         if window not in self.made:
             self.made[window] = _block_mask(self._rule(window), len(self.layout), self.layout.device)
         return self.made[window]
@@ -79,14 +75,9 @@ class FlexMap:
         return attended[:, :, : self.count].transpose(1, 2)
 
 
-def flex_map(segments: npt.NDArray[np.int32], device: torch.device) -> FlexMap:
-    """From the segments [N, 2] of (layout, row) of a micro-batch."""
-    layout, row = segments[:, 0].astype(np.int64), segments[:, 1].astype(np.int64)
-    start = np.flatnonzero(np.r_[True, np.any(segments[1:] != segments[:-1], axis=1)])
-    length = np.diff(np.r_[start, len(segments)])
-    of_prompt = dict(zip(layout[start][row[start] == 0].tolist(), length[row[start] == 0].tolist(), strict=True))
-    before = np.array([of_prompt[one] if answer else 0 for one, answer in zip(layout[start], row[start], strict=True)])
-    position = np.arange(len(segments)) - np.repeat(start - before, length)
+def flex_map(segments: npt.NDArray[np.int32], positions: npt.NDArray[np.int64], device: torch.device) -> FlexMap:
+    """From the segments [N, 2] of (layout, row) and the positions [N] of a micro-batch."""
+    layout, row = segments.T.astype(np.int64)
     padding = _rounded(len(segments)) - len(segments)
 
     def padded(array: npt.NDArray[np.int64], filler: int) -> torch.Tensor:
@@ -95,9 +86,8 @@ def flex_map(segments: npt.NDArray[np.int32], device: torch.device) -> FlexMap:
     return FlexMap(
         layout=padded(layout, -1),
         row=padded(row, 0),
-        position=padded(position, 0),
+        position=padded(positions, 0),
         count=len(segments),
-        longest=int(position.max()) + 1,
     )
 
 

@@ -74,7 +74,7 @@ def to_tensors(
         part, padded = sequence.part(length)
     layout: SharedMap | PaddedMap
     if share_prompts:
-        layout = shared_map(batch.segments, device, kernel, sequence)
+        layout = shared_map(batch.segments, batch.positions, device, kernel, sequence)
     else:
         layout = padded_map(batch.segments, device)
     mine = np.flatnonzero((batch.predict_at >= part.start) & (batch.predict_at < part.stop))

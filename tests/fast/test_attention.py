@@ -22,7 +22,7 @@ Layouts = list[tuple[int, list[int]]]
 """(prompt length, answer lengths) each."""
 
 
-def pack(layouts: Layouts) -> tuple[np.ndarray, torch.Tensor]:
+def pack(layouts: Layouts) -> tuple[np.ndarray, np.ndarray]:
     """Segments [N, 2] and position numbers i64[N]."""
     segments, positions = [], []
     for number, (prompt, answers) in enumerate(layouts):
@@ -31,15 +31,15 @@ def pack(layouts: Layouts) -> tuple[np.ndarray, torch.Tensor]:
         for place, answer in enumerate(answers, start=1):
             segments += [(number, place)] * answer
             positions += range(prompt, prompt + answer)
-    return np.array(segments, dtype=np.int32), torch.tensor(positions)
+    return np.array(segments, dtype=np.int32), np.array(positions)
 
 
 def dense(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: np.ndarray, positions: torch.Tensor,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: np.ndarray, numbers: np.ndarray,
     scaling: float, window: int | None,
 ) -> torch.Tensor:  # fmt: skip
     """Softmax over all N positions under the rule itself: same layout, the prompt or the same row, not later."""
-    layout, row = torch.from_numpy(segments).T
+    (layout, row), positions = torch.from_numpy(segments).T, torch.from_numpy(numbers)
     looks = (layout[:, None] == layout) & ((row == 0) | (row[:, None] == row)) & (positions[:, None] >= positions)
     if window is not None:
         looks &= positions[:, None] - positions < window
@@ -71,7 +71,7 @@ def test_values_and_gradients(
     shapes = [(heads, 8), (kv_heads, 8), (kv_heads, value_size)]
     made = [torch.randn(1, h, len(positions), d, generator=generator).requires_grad_() for h, d in shapes]
     plain = [one.detach().double().requires_grad_() for one in made]
-    shared = shared_map(segments, DEVICE, kernel)
+    shared = shared_map(segments, positions, DEVICE, kernel)
     found, _ = attend(torch.nn.Identity(), *made, None, scaling=0.5, shared_map=shared, sliding_window=window)
     wanted = dense(*plain, segments, positions, 0.5, window)
     assert found.shape == (1, len(positions), heads, value_size)
@@ -95,7 +95,7 @@ def test_random_layouts(kernel: AttentionKernel) -> None:
         segments, positions = pack(layouts)
         q, k, v = (torch.randn(1, 2, len(positions), 4) for _ in range(3))
         window = draw.choice([None, draw.randint(1, 100)])
-        shared = shared_map(segments, DEVICE, kernel)
+        shared = shared_map(segments, positions, DEVICE, kernel)
         found, _ = attend(torch.nn.Identity(), q, k, v, None, 0.3, shared_map=shared, sliding_window=window)
         wanted = dense(q, k, v, segments, positions, 0.3, window)
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
@@ -130,24 +130,22 @@ def test_padding_stays_small() -> None:
     assert pairs <= 1000 * 1100 + 40 * 30 * 130
 
 
-def test_masks_are_made_once_for_all_layers() -> None:
-    segments, _ = pack([(5, [3, 4])])
-    shared = block_map(segments, DEVICE)
-    assert shared.masks(None) is shared.masks(100)  # a window that sees everything is none
-    assert shared.masks(3) is shared.masks(3)
-    assert shared.masks(3) is not shared.masks(None)
+@pytest.mark.parametrize("kernel", ["blocks", "flex"])
+def test_masks_are_made_once_for_all_layers(kernel: AttentionKernel) -> None:
+    shared = shared_map(*pack([(5, [3, 4])]), DEVICE, kernel)
+    q, k, v = (torch.randn(1, 2, 12, 4) for _ in range(3))
+    for window in (None, 9, 100, 3, 3):  # a window that sees everything is none
+        shared.attend(q, k, v, window, None)
+    assert shared.kernel.made.keys() == {None, 3}
 
 
 def test_flex_skips_what_nobody_looks_at() -> None:
     """Of two groups with long answers only the blocks along each answer and its prompt are computed."""
     segments, positions = pack([(256, [512, 512, 512]), (256, [512])])
-    shared = flex_map(segments, DEVICE)
+    shared = flex_map(segments, positions, DEVICE)
     size = len(shared.layout)
     assert shared.count == len(segments) == size
-    assert shared.position.tolist() == positions.tolist()
     mask = shared.mask(None)
-    assert mask is shared.mask(10_000)
-    assert mask is not shared.mask(300)
     computed = int(mask.kv_num_blocks.sum()) + int(mask.full_kv_num_blocks.sum())
     prompts, answers = 2 * (1 + 2), 4 * (4 * 2 + (1 + 2 + 3 + 4))
     assert computed == prompts + answers
@@ -157,11 +155,11 @@ def test_flex_skips_what_nobody_looks_at() -> None:
 
 
 def test_flex_pads_to_few_lengths() -> None:
-    lengths = {len(flex_map(pack([(count, [1])])[0], DEVICE).layout) for count in range(1, 4000, 37)}
+    lengths = {len(flex_map(*pack([(count, [1])]), DEVICE).layout) for count in range(1, 4000, 37)}
     assert len(lengths) <= 8 + 8 + 8
     assert all(length % 128 == 0 for length in lengths)
-    segments, _ = pack([(1500, [800])])
-    assert len(flex_map(segments, DEVICE).layout) <= 1.125 * len(segments)
+    segments, positions = pack([(1500, [800])])
+    assert len(flex_map(segments, positions, DEVICE).layout) <= 1.125 * len(segments)
 
 
 @pytest.mark.parametrize(
@@ -175,9 +173,9 @@ def test_flex_pads_to_few_lengths() -> None:
     ],
 )
 def test_what_a_layer_may_not_ask_for(asked: dict[str, Any], message: str) -> None:
-    segments, _ = pack([(5, [3])])
+    segments, positions = pack([(5, [3])])
     q, k, v = (torch.randn(1, 2, 8, 4) for _ in range(3))
-    given = {"attention_mask": None, "shared_map": shared_map(segments, DEVICE), "use_cache": False} | asked
+    given = {"attention_mask": None, "shared_map": shared_map(segments, positions, DEVICE), "use_cache": False} | asked
     with pytest.raises(ModelError, match=message):
         attend(torch.nn.Identity(), q, k, v, **given)
 
