@@ -77,7 +77,7 @@ class Packed:
         [batches] = plan(rows, prompts, ranks=1, token_budget=self._budget)
         self._run(batches, "flex")
 
-    def _run(self, batches: Sequence[MicroBatch], kernel: AttentionKernel = "blocks") -> None:
+    def _run(self, batches: Sequence[MicroBatch], kernel: AttentionKernel = "auto") -> None:
         for batch in batches:
             self.model(to_tensors(batch, self._device, kernel=kernel), 1.0, 1.0, self._chunk).loss.backward()
 

@@ -13,7 +13,7 @@ from configs.objectives import AnyObjective, GraoObjective, Section
 from configs.rewards import RewardConfig
 
 Dtype = Literal["float32", "bfloat16"]
-AttentionKernel = Literal["blocks", "flex"]
+AttentionKernel = Literal["auto", "tiles", "blocks", "flex"]
 
 
 class ModelConfig(Section):
@@ -133,9 +133,10 @@ class LearnerConfig(Section):
     """Targets whose logits exist at the same time."""
     activation_checkpointing: bool = True
     """Recompute activations in backward: less memory, about a third more time."""
-    attention: AttentionKernel = "blocks"
-    """How the learner's attention is computed: 'blocks' is PyTorch's own on padded blocks, 'flex' (GPU only) is
-    FlexAttention, one compiled kernel without padding."""
+    attention: AttentionKernel = "auto"
+    """How the learner's attention is computed: 'tiles' (CPU only) by matrix products that fit the cache, 'blocks' by
+    PyTorch's own on padded blocks, 'flex' (GPU only) by FlexAttention, one compiled kernel without padding. 'auto'
+    is tiles on a CPU, blocks on a GPU."""
     offload_optimizer: bool = False
     """Keep master parameters, sums of gradients and AdamW's moments in host memory, and update there: 16 bytes a
     parameter less on the ranks' GPUs together, for a slower update."""
@@ -274,8 +275,9 @@ class Config(Section):
             raise ValueError(
                 f"learner.transport '{learner.transport}' needs cluster.device: gpu; on cpu use 'shared_memory'"
             )
-        if cluster.device == "cpu" and learner.attention == "flex":
-            raise ValueError("learner.attention 'flex' needs cluster.device: gpu; on cpu use 'blocks'")
+        for kernel, device in (("flex", "gpu"), ("tiles", "cpu")):
+            if learner.attention == kernel and cluster.device != device:
+                raise ValueError(f"learner.attention '{kernel}' needs cluster.device: {device}; use 'auto'")
         if cluster.colocate != (learner.transport == "ipc"):
             raise ValueError("cluster.colocate: true and learner.transport: ipc go together; set both or neither")
         if cluster.colocate and (rollout.tensor_parallel > 1 or rollout.workers != learner.ranks):

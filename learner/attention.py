@@ -5,7 +5,8 @@ can use it. Who attends to whom is worked out once per micro-batch (`SharedMap`)
 forward pass as the keyword `shared_map`: as an argument, and not as state beside the model, because activation
 checkpointing runs the layers again in the backward pass.
 
-How it is computed is a kernel's: padded blocks (learner/blocks.py) or FlexAttention (learner/flex.py).
+How it is computed is a kernel's: tiles (learner/tiles.py), padded blocks (learner/blocks.py) or FlexAttention
+(learner/flex.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from configs.schema import AttentionKernel
 from learner.blocks import BlockMap, block_map
 from learner.errors import LearnerError
 from learner.sequence import SequenceGroup
+from learner.tiles import TileMap, tile_map
 
 if TYPE_CHECKING:
     from learner.flex import FlexMap
@@ -43,7 +45,7 @@ class SharedMap:
     """Who attends to whom in a micro-batch of N packed positions, and one way to compute it."""
 
     def __init__(
-        self, kernel: BlockMap | FlexMap, positions: npt.NDArray[np.int64], sequence: SequenceGroup | None
+        self, kernel: TileMap | BlockMap | FlexMap, positions: npt.NDArray[np.int64], sequence: SequenceGroup | None
     ) -> None:
         self.kernel, self.count, self.sequence = kernel, len(positions), sequence
         self.longest = int(positions.max()) + 1
@@ -67,10 +69,14 @@ def shared_map(
     segments: npt.NDArray[np.int32],
     positions: npt.NDArray[np.int64],
     device: torch.device,
-    kernel: AttentionKernel = "blocks",
+    kernel: AttentionKernel = "auto",
     sequence: SequenceGroup | None = None,
 ) -> SharedMap:
     """From the segments [N, 2] of (layout, row) and the positions [N] of a micro-batch; made once for all layers."""
+    if kernel == "auto":
+        kernel = "tiles" if device.type == "cpu" else "blocks"
+    if kernel == "tiles":
+        return SharedMap(tile_map(segments, device), positions, sequence)
     if kernel == "blocks":
         return SharedMap(block_map(segments, device), positions, sequence)
     from learner.flex import flex_map  # its import takes a second

@@ -9,30 +9,21 @@ positions as each sequence by itself would.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from learner.segments import Part, parts_of
+
 SMALLEST_LEVEL = 64
 """Lengths up to this one share a block; longer ones share it with those that round up to the same power of two."""
 LONG = 512
 """Answers from this length on, if they are as long as their prompt, do without a mask. The prompt's queries, computed
 again, make at most a third more attention then; a mask's memory and the kernels that it rules out cost more."""
-
-
-class Part(NamedTuple):
-    """A run of packed positions: a prompt (row 0), or one of its answers."""
-
-    layout: int
-    row: int
-    start: int
-    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +119,7 @@ class BlockMap:
 
 def block_map(segments: npt.NDArray[np.int32], device: torch.device) -> BlockMap:
     """The blocks of a micro-batch, from its segments [N, 2] of (layout, row)."""
-    parts = _parts(segments)
+    parts = parts_of(segments)
     length_of = {part.layout: part.length for part in parts if part.row == 0}
     prompts: dict[int, list[Part]] = {}
     answers: dict[tuple[int, int, int], list[Part]] = {}
@@ -166,13 +157,6 @@ def block_map(segments: npt.NDArray[np.int32], device: torch.device) -> BlockMap
         prompts=prompt_blocks,
         answers=tuple(blocks),
     )
-
-
-def _parts(segments: npt.NDArray[np.int32]) -> list[Part]:
-    changes = np.any(segments[1:] != segments[:-1], axis=1)
-    bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), len(segments)]
-    runs = itertools.pairwise(bounds)
-    return [Part(int(segments[start, 0]), int(segments[start, 1]), start, end - start) for start, end in runs]
 
 
 def _level(length: int) -> int:
@@ -218,12 +202,9 @@ def _sdpa(
 ) -> torch.Tensor:
     """[B, Q, H, D] over [B, K, H or fewer, D] -> [B, Q, H, D]; causal where there is no mask."""
     repeats = query.shape[2] // key.shape[2]
-    on_cpu, dtype = query.device.type == "cpu", query.dtype
     # With a mask CUDA's fast kernels do not know grouped queries: repeating the keys avoids the one that keeps scores.
-    if repeats > 1 and mask is not None and not on_cpu:
+    if repeats > 1 and mask is not None:
         key, value = (one.repeat_interleave(repeats, dim=2) for one in (key, value))
-    if on_cpu and dtype != torch.float64:  # its kernel takes half as long in float32 as in bfloat16
-        query, key, value = query.float(), key.float(), value.float()
     attended = functional.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -233,4 +214,4 @@ def _sdpa(
         scale=scaling,
         enable_gqa=key.shape[2] != query.shape[2],
     )
-    return attended.transpose(1, 2).to(dtype)
+    return attended.transpose(1, 2)

@@ -27,8 +27,11 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-TILE_ELEMENTS = 2**22
-"""Logits in float32 at the same time: softmax works through a chunk in tiles of rows this large (16 MiB)."""
+TILE_ELEMENTS = 2**20
+"""Logits in float32 at the same time: softmax works through a chunk in tiles of rows this large (4 MiB), because four
+times as many leave the cache and take a quarter longer."""
+GPU_TILE_ELEMENTS = 2**25
+"""The same on a GPU (128 MiB), where small tiles would be launches more than work."""
 
 
 Weigh = Callable[[torch.Tensor], torch.Tensor]
@@ -182,7 +185,8 @@ def _softmax_chunk(
 
     Works in tiles of rows, so that only a few tiles exist in float32, and they stay in the processor's cache.
     """
-    rows = max(1, TILE_ELEMENTS // logits.shape[1])
+    elements = GPU_TILE_ELEMENTS if logits.is_cuda else TILE_ELEMENTS
+    rows = max(1, elements // logits.shape[1])
     tiles = zip(logits.split(rows), targets.split(rows), weights.split(rows), strict=True)
     return torch.cat([_softmax_tile(*tile, options) for tile in tiles], dim=1)
 

@@ -60,7 +60,7 @@ def to_tensors(
     batch: MicroBatch,
     device: torch.device,
     share_prompts: bool = True,
-    kernel: AttentionKernel = "blocks",
+    kernel: AttentionKernel = "auto",
     sequence: SequenceGroup | None = None,
 ) -> MicroBatchTensors:
     """Copy a planned micro-batch to a device and work out its attention, once for all layers.
@@ -135,7 +135,7 @@ class PackedModel(nn.Module, Generic[Out]):
                 module.training = mode
         return self
 
-    def check_isolation(self, device: torch.device, kernel: AttentionKernel = "blocks") -> None:
+    def check_isolation(self, device: torch.device, kernel: AttentionKernel = "auto") -> None:
         """Make sure that an answer's numbers do not change when another answer is computed beside it.
 
         Catches what no look at the config can: code that passes state between positions beside attention, or counts

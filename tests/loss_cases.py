@@ -56,7 +56,7 @@ def reference(
 def learner(
     policy: PolicyModel, groups: Sequence[ScoredGroup], objective: AnyObjective, temperature: float,
     ranks: int = 1, budget: int = 4096, chunk: int = 7, start: PolicyModel | None = None,
-    kernel: AttentionKernel = "blocks",
+    kernel: AttentionKernel = "auto",
 ) -> tuple[float, Gradients]:  # fmt: skip
     """What ranks and micro-batches add up to, as learner/worker.py does it; the terms must add up to the loss."""
     policy.zero_grad()

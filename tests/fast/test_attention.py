@@ -12,10 +12,11 @@ import torch
 from transformers import AutoConfig
 
 from configs.schema import AttentionKernel
-from learner import blocks
+from learner import blocks, tiles
 from learner.attention import ModelError, attend, refuse_later_tokens, shared_map, why_separate
 from learner.blocks import block_map
 from learner.flex import flex_map
+from learner.tiles import tile_map
 
 DEVICE = torch.device("cpu")
 Layouts = list[tuple[int, list[int]]]
@@ -62,7 +63,7 @@ CASES: list[Layouts] = [
 @pytest.mark.parametrize("window", [None, 1, 4, 66])
 @pytest.mark.parametrize(("heads", "kv_heads", "value_size"), [(4, 2, 8), (3, 3, 5)])
 @pytest.mark.parametrize("layouts", CASES, ids=str)
-@pytest.mark.parametrize("kernel", ["blocks", "flex"])
+@pytest.mark.parametrize("kernel", ["tiles", "blocks", "flex"])
 def test_values_and_gradients(
     kernel: AttentionKernel, layouts: Layouts, heads: int, kv_heads: int, value_size: int, window: int | None
 ) -> None:
@@ -84,7 +85,17 @@ def test_values_and_gradients(
         torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", ["blocks", "flex"])
+@pytest.mark.parametrize("scores", [1, 2000, 100_000])
+@pytest.mark.parametrize("window", [None, 1, 4, 66])
+@pytest.mark.parametrize("layouts", CASES, ids=str)
+def test_tiles_of_any_size(layouts: Layouts, window: int | None, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one answer's queries by fives to all answers of a prompt at once."""
+    monkeypatch.setattr(tiles, "SCORES", scores)
+    monkeypatch.setattr(tiles, "FEWEST_QUERIES", 5)
+    test_values_and_gradients("tiles", layouts, 4, 2, 8, window)
+
+
+@pytest.mark.parametrize("kernel", ["tiles", "blocks", "flex"])
 def test_random_layouts(kernel: AttentionKernel) -> None:
     draw = random.Random(0)
     for _ in range(30):
@@ -130,7 +141,44 @@ def test_padding_stays_small() -> None:
     assert pairs <= 1000 * 1100 + 40 * 30 * 130
 
 
-@pytest.mark.parametrize("kernel", ["blocks", "flex"])
+def test_tiles_hold_what_fits_and_little_padding() -> None:
+    """Short answers together, sorted by length; a long one by itself, its queries in runs; no query twice."""
+    lengths = [1000, *range(30, 60), 7]
+    segments, positions = pack([(100, lengths)])
+    q, k, v = (torch.randn(1, 4, len(positions), 2) for _ in range(3))
+    made = tile_map(segments, DEVICE)
+    made.attend(q, k, v, None, None)
+    [found] = made.made.values()
+    queries = torch.cat([one.source for one in found])
+    assert sorted(queries[queries < len(positions)].tolist()) == list(range(len(positions)))
+    assert len(queries) <= 1.1 * len(positions)
+    assert all(4 * one.queries * len(one.keys) <= 1.1 * tiles.SCORES for one in found)
+    assert max(len(one.runs) for one in found) > 3
+    assert len(found) <= 1.5 * sum(4 * one.queries * len(one.keys) for one in found) / tiles.SCORES + 3
+
+
+def test_tiles_of_bfloat16_round_no_score() -> None:
+    """Large scores that bfloat16 would move by whole units; the type of other products stays as it was."""
+    segments, positions = pack([(20, [30, 40, 7]), (90, [80])])
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(1, 4, len(positions), 16, generator=generator).bfloat16().requires_grad_() for _ in range(3)]
+    plain = [one.detach().double().requires_grad_() for one in given]
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    found = tile_map(segments, DEVICE).attend(given[0], given[1], given[2], None, 4.0)
+    wanted = dense(*plain, segments, positions, 4.0, None)
+    direction = torch.randn(found.shape, generator=generator)
+    found.backward(direction.bfloat16())
+    wanted.backward(direction.bfloat16().double())
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    pairs = [(found, wanted), *((one.grad, other.grad) for one, other in zip(given, plain, strict=True))]
+    for one, other in pairs:
+        assert one is not None
+        assert other is not None
+        assert one.dtype == torch.bfloat16
+        assert (one.double() - other).norm() <= 6e-3 * other.norm()
+
+
+@pytest.mark.parametrize("kernel", ["tiles", "blocks", "flex"])
 def test_masks_are_made_once_for_all_layers(kernel: AttentionKernel) -> None:
     shared = shared_map(*pack([(5, [3, 4])]), DEVICE, kernel)
     q, k, v = (torch.randn(1, 2, 12, 4) for _ in range(3))

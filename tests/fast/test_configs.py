@@ -91,7 +91,11 @@ def test_an_objective_is_a_name_or_a_section() -> None:
         (["rollout.samples_per_prompt=1"], "'rollout.samples_per_prompt' is 1: input should be greater than or equal"),
         (["learner.tokens_per_micro_batch=47"], "raise it to 48 or more"),
         (["learner.transport=nccl"], "needs cluster.device: gpu"),
-        (["learner.attention=flex"], "learner.attention 'flex' needs cluster.device: gpu; on cpu use 'blocks'"),
+        (["learner.attention=flex"], "learner.attention 'flex' needs cluster.device: gpu; use 'auto'"),
+        (
+            ["cluster.device=gpu", "learner.transport=nccl", "learner.attention=tiles"],
+            "learner.attention 'tiles' needs cluster.device: cpu; use 'auto'",
+        ),
         (["cluster.device=gpu", "cluster.colocate=true"], "learner.transport: ipc go together"),
         ([f"learner.objective.{key}=0" for key in ("alpha", "beta", "lambda")], "nothing would be learned"),
         (["learner.warmup_steps=101"], "learner.warmup_steps is above learner.steps"),

@@ -42,7 +42,7 @@ ONLY_IN = {
     "matplotlib": {"cluster/figures.py"},
 }
 DEVICE_WORDS = re.compile(r"\b(cuda|cpu|nccl|gloo)\b")
-MAY_NAME_DEVICES = ("engine", "receiver", "blocks", "publisher", "placement")
+MAY_NAME_DEVICES = ("engine", "receiver", "attention", "publisher", "placement")
 
 
 def imports(file: Path) -> Iterator[str]:

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs.objectives import GraoObjective
+from configs.schema import AttentionKernel
 from learner.model import build_model
 from reward.types import ScoredGroup
 from tests.learner_cases import group, random_group, write_model
@@ -99,11 +100,12 @@ def test_shortest_prompt_and_shortest_answers(tied: Case) -> None:
     tied.check([shortest], GraoObjective(), ranks=3)
 
 
-def test_lengths_of_many_levels(untied: Case) -> None:
-    """Blocks of attention hold lengths of like size, so far longer ones make several blocks."""
+@pytest.mark.parametrize("kernel", ["tiles", "blocks"])
+def test_lengths_of_many_levels(untied: Case, kernel: AttentionKernel) -> None:
+    """Blocks and tiles of attention hold lengths of like size, so far longer ones make several of them."""
     draw = random.Random(6)
     groups = [random_group(draw, samples=2, prompt_tokens=most, answer_tokens=140) for most in (1, 30, 100, 150, 60)]
-    untied.check(groups, GraoObjective(), chunk=64)
+    untied.check(groups, GraoObjective(), chunk=64, kernel=kernel)
 
 
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -116,14 +118,15 @@ def test_lengths_of_many_levels(untied: Case) -> None:
     ranks=st.integers(1, 3),
     budget=st.integers(21, 120),
     chunk=st.integers(1, 40),
+    kernel=st.sampled_from(["tiles", "blocks"]),
 )
 def test_any_shapes(
     tied: Case, seed: int, count: int, samples: int, prompt_tokens: int, answer_tokens: int, ranks: int, budget: int,
-    chunk: int,
+    chunk: int, kernel: AttentionKernel,
 ) -> None:  # fmt: skip
     draw = random.Random(seed)
     groups = [random_group(draw, samples, prompt_tokens, answer_tokens) for _ in range(count)]
-    tied.check(groups, GraoObjective(), ranks=ranks, budget=budget, chunk=chunk)
+    tied.check(groups, GraoObjective(), ranks=ranks, budget=budget, chunk=chunk, kernel=kernel)
 
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
@@ -153,14 +156,19 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+OF_GPUS: tuple[AttentionKernel, ...] = ("blocks", "flex")
+"""Kernels that a run on CPU does not take."""
+
+
 @pytest.mark.usefixtures("flex_gradients")
 @pytest.mark.parametrize(("family", "options"), FAMILIES, ids=[f"{name}-{len(more)}" for name, more in FAMILIES])
 def test_families(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     case = Case(write_model(tmp_path, family, **options), checkpointing=family in ("gpt_neox", "mistral", "qwen2_moe"))
     case.check(some_groups(seed=7, count=2), GraoObjective())
     case.check(some_groups(seed=9, count=3), GraoObjective(), ranks=2, budget=48, chunk=5)
-    case.check(some_groups(seed=10, count=2), GraoObjective(), kernel="flex")
-    case.policy.check_isolation(DEVICE, "flex")
+    for kernel in OF_GPUS:
+        case.check(some_groups(seed=10, count=2), GraoObjective(), kernel=kernel)
+        case.policy.check_isolation(DEVICE, kernel)
     case.policy.check_isolation(DEVICE)
     assert case.policy.shares_prompts
 
