@@ -32,14 +32,14 @@ FEWEST_QUERIES = 32
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Q queries of each of B runs of positions, padded; all look at their prompt's P positions and at their own."""
+    """Q queries of each of B runs of positions, padded; all look at K keys, of their prompt and of their own run."""
 
     source: torch.Tensor
     """i64[B * Q] packed position of each query; N, a place of its own, for padding"""
     keys: torch.Tensor
-    """i64[B * K] packed positions: the prompt's, then each run's own up to its last query; K = P + own"""
+    """i64[B * K] packed positions: for each run the prompt's, then its own up to its last query"""
     prompt: slice
-    """Packed positions of the prompt; of none for a tile of the prompt itself."""
+    """Packed positions of the prompt that are looked at; of none for a tile of the prompt itself."""
     runs: tuple[slice, ...]
     """Packed positions of each run's own keys; padding stands behind them."""
     queries: int
@@ -106,21 +106,23 @@ def _tiles(parts: Sequence[Part], heads: int, window: int | None, device: torch.
 def _tile(
     prompt: Part, members: Sequence[Part], first: int, last: int, nowhere: int, window: int | None, device: torch.device
 ) -> Tile:
-    """Of queries `first` to `last` of each member."""
+    """Of queries `first` to `last` of each member, without the keys that a window hides from all of them."""
+    behind = 0 if window is None else max(0, prompt.length + first - window + 1)
+    of_prompt, of_own = min(behind, prompt.length), max(0, behind - prompt.length)
     places = np.arange(last)
     own = np.stack([np.where(places < part.length, part.start + places, nowhere) for part in members])
-    before = np.broadcast_to(np.arange(prompt.length) + prompt.start, (len(members), prompt.length))
+    before = np.arange(prompt.start + of_prompt, prompt.start + prompt.length)
     query = torch.arange(first, last)[:, None]
     if window is None:
         hidden = torch.arange(first, last) > query
     else:
-        distance = prompt.length + query - torch.arange(prompt.length + last)
+        distance = prompt.length + query - torch.arange(behind, prompt.length + last)
         hidden = (distance < 0) | (distance >= window)
     return Tile(
         source=torch.from_numpy(own[:, first:].ravel()).to(device),
-        keys=torch.from_numpy(np.concatenate([before, own], axis=1).ravel()).to(device),
-        prompt=slice(prompt.start, prompt.start + prompt.length),
-        runs=tuple(slice(part.start, part.start + min(last, part.length)) for part in members),
+        keys=torch.from_numpy(np.concatenate([np.concatenate([before, row[of_own:]]) for row in own])).to(device),
+        prompt=slice(prompt.start + of_prompt, prompt.start + prompt.length),
+        runs=tuple(slice(part.start + of_own, part.start + min(last, part.length)) for part in members),
         queries=last - first,
         bias=torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf)[:, None].to(device),
     )

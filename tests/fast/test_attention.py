@@ -157,6 +157,14 @@ def test_tiles_hold_what_fits_and_little_padding() -> None:
     assert len(found) <= 1.5 * sum(4 * one.queries * len(one.keys) for one in found) / tiles.SCORES + 3
 
 
+def test_tiles_leave_out_what_a_window_hides() -> None:
+    segments, positions = pack([(1000, [3000, 20])])
+    q = torch.randn(1, 4, len(positions), 2)
+    made = tile_map(segments, DEVICE)
+    made.attend(q, q, q, 100, None)
+    assert max(len(one.keys) // len(one.runs) for one in made.made[100]) <= 100 + max(t.queries for t in made.made[100])
+
+
 def test_tiles_of_bfloat16_round_no_score() -> None:
     """Large scores that bfloat16 would move by whole units; the type of other products stays as it was."""
     segments, positions = pack([(20, [30, 40, 7]), (90, [80])])
