@@ -76,7 +76,7 @@ def shared_map(
     if kernel == "auto":
         kernel = "tiles" if device.type == "cpu" else "blocks"
     if kernel == "tiles":
-        return SharedMap(tile_map(segments, device), positions, sequence)
+        return SharedMap(tile_map(segments), positions, sequence)
     if kernel == "blocks":
         return SharedMap(block_map(segments, device), positions, sequence)
     from learner.flex import flex_map  # its import takes a second

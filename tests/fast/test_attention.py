@@ -14,9 +14,9 @@ from transformers import AutoConfig
 from configs.schema import AttentionKernel
 from learner import blocks, tiles
 from learner.attention import ModelError, attend, refuse_later_tokens, shared_map, why_separate
-from learner.blocks import block_map
+from learner.blocks import BlockMap, block_map
 from learner.flex import flex_map
-from learner.tiles import tile_map
+from learner.tiles import TileMap, tile_map
 
 DEVICE = torch.device("cpu")
 Layouts = list[tuple[int, list[int]]]
@@ -141,12 +141,18 @@ def test_padding_stays_small() -> None:
     assert pairs <= 1000 * 1100 + 40 * 30 * 130
 
 
+def test_the_device_chooses_the_kernel() -> None:
+    segments, positions = pack([(5, [3])])
+    assert isinstance(shared_map(segments, positions, DEVICE).kernel, TileMap)
+    assert isinstance(shared_map(segments, positions, torch.device("meta")).kernel, BlockMap)
+
+
 def test_tiles_hold_what_fits_and_little_padding() -> None:
     """Short answers together, sorted by length; a long one by itself, its queries in runs; no query twice."""
     lengths = [1000, *range(30, 60), 7]
     segments, positions = pack([(100, lengths)])
     q, k, v = (torch.randn(1, 4, len(positions), 2) for _ in range(3))
-    made = tile_map(segments, DEVICE)
+    made = tile_map(segments)
     made.attend(q, k, v, None, None)
     [found] = made.made.values()
     queries = torch.cat([one.source for one in found])
@@ -160,7 +166,7 @@ def test_tiles_hold_what_fits_and_little_padding() -> None:
 def test_tiles_leave_out_what_a_window_hides() -> None:
     segments, positions = pack([(1000, [3000, 20])])
     q = torch.randn(1, 4, len(positions), 2)
-    made = tile_map(segments, DEVICE)
+    made = tile_map(segments)
     made.attend(q, q, q, 100, None)
     assert max(len(one.keys) // len(one.runs) for one in made.made[100]) <= 100 + max(t.queries for t in made.made[100])
 
@@ -172,7 +178,7 @@ def test_tiles_of_bfloat16_round_no_score() -> None:
     given = [torch.randn(1, 4, len(positions), 16, generator=generator).bfloat16().requires_grad_() for _ in range(3)]
     plain = [one.detach().double().requires_grad_() for one in given]
     before = torch.backends.mkldnn.matmul.fp32_precision
-    found = tile_map(segments, DEVICE).attend(given[0], given[1], given[2], None, 4.0)
+    found = tile_map(segments).attend(given[0], given[1], given[2], None, 4.0)
     wanted = dense(*plain, segments, positions, 4.0, None)
     direction = torch.randn(found.shape, generator=generator)
     found.backward(direction.bfloat16())
