@@ -25,7 +25,7 @@ from benchmarks.paths import Packed
 from benchmarks.shapes import SHAPES, groups, rows_of, tokens, work_of
 from benchmarks.sides import GRAO, Side, plain_groups
 from learner.model import TORCH_DTYPE
-from learner.network import free_port
+from rollout.ports import free_port
 
 ALLOWED = {"float32": 1e-5, "bfloat16": 3e-2}
 

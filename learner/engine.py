@@ -145,11 +145,17 @@ class ZeroEngine:
         deepspeed.utils.logger.setLevel(logging.WARNING)
         # Its own CPU all-reduce serves inference only, and would be compiled (20 s, a C++ compiler) at the first use.
         deepspeed.ops.__compatible_ops__ = {}
-        deepspeed.init_distributed(
-            "nccl" if self._on_gpu else "gloo",
-            verbose=False,
-            timeout=timedelta(seconds=self._config.step_timeout_s),
-        )
+        try:
+            deepspeed.init_distributed(
+                "nccl" if self._on_gpu else "gloo",
+                verbose=False,
+                timeout=timedelta(seconds=self._config.step_timeout_s),
+            )
+        except torch.distributed.DistError as error:
+            why = str(error).split("\n", 1)[0]
+            raise LearnerError(
+                f"learner rank {self._rank} did not meet the others at {address}:{port}: {why}"
+            ) from error
 
     def _sequence_group(self) -> SequenceGroup | None:
         """Neighbours, which a node holds together, make a group. Every rank takes part in making all groups."""

@@ -20,13 +20,6 @@ def own_address(peer: tuple[str, int] = _OUTSIDE) -> str:
         return str(probe.getsockname()[0])
 
 
-def free_port(address: str) -> int:
-    """A port that nobody listens on at the moment."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
-
-
 def interface_of(peer: str) -> str | None:
     """Name of the interface that leads to `peer`, such as 'lo' or 'eth0'; None where it cannot be told."""
     wanted = own_address((peer, 9))

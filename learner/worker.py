@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from configs.schema import LearnerConfig, ModelConfig, RolloutConfig
 from learner.errors import LearnerError
 from learner.layout import Parts, as_parts, pack
-from learner.network import free_port, own_address
+from learner.network import own_address
 from learner.objectives.build import build_objective, objective_at
 from learner.packing import plan
 from learner.passes import PolicyPasses, ScorePasses, Settings
@@ -24,6 +24,7 @@ from learner.results import first_not_finite
 from learner.schedule import learning_rate
 from learner.types import CriticReport, LearnerFacts, MicroBatch, RankReport, Row, RowResult
 from reward.types import ScoredGroup
+from rollout.ports import free_port
 from rollout.types import Parameters
 
 if TYPE_CHECKING:

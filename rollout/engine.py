@@ -30,6 +30,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from configs.schema import ModelConfig, RolloutConfig
 from rollout.errors import EngineDead, RolloutError
 from rollout.guard import mark_host
+from rollout.ports import free_port
 from rollout.seeds import sample_seed
 from rollout.types import Parameters, Prompt, Sample, Sampling
 
@@ -251,6 +252,7 @@ def _set_environment(rollout: RolloutConfig, device: Device, transport: Transpor
     mark_host()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["VLLM_PORT"] = str(free_port(""))  # its processes meet there some seconds from now
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(max(1, int(rollout.start_timeout_s)))
     if device == "cpu":
         # Ray decides how many engines share a node, so none may pin itself to a core: all would take the same ones.

@@ -107,17 +107,53 @@ def grao(*arguments: str | Path, timeout: float = 420) -> subprocess.CompletedPr
     )
 
 
-def start_grao(log: Path, *arguments: str | Path) -> subprocess.Popen[bytes]:
-    """Start the command line in the background, its output in a file."""
-    with log.open("wb") as sink:
-        return subprocess.Popen(
-            [sys.executable, "-m", "cluster.main", *map(str, arguments)],
-            cwd=ROOT,
-            env=environment(),
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C of the test reaches exactly this run
-        )
+class Running:
+    """The command line in the background, its output in a file; on the way out all that it started is ended."""
+
+    def __init__(self, log: Path, *arguments: str | Path) -> None:
+        self._log = log
+        with log.open("wb") as sink:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "cluster.main", *map(str, arguments)],
+                cwd=ROOT,
+                env=environment(),
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C of the test reaches exactly this run
+            )
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in living(family(self.pid)):
+            process.kill()
+        self._process.wait()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text()
+
+    def until(self, ready: Callable[[], bool], timeout: float, what: str) -> None:
+        """Poll until `ready`; fail with `what` and all output where the deadline or the command's end comes first."""
+        deadline = time.monotonic() + timeout
+        while not ready():
+            code = self._process.poll()
+            # what it did last may be there by now
+            assert code is None or ready(), f"ended with {code} before {what}:\n{self.output}"
+            assert time.monotonic() < deadline, f"not within {timeout} s: {what}:\n{self.output}"
+            time.sleep(0.1)
+
+    def end(self, timeout: float) -> int:
+        """The exit code, awaited; fail with all output at the deadline."""
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"not within {timeout} s: the end:\n{self.output}") from None
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.harness import (
+    Running,
     config,
     family,
     grao,
     lines,
     living,
-    start_grao,
     wait_until,
     write_config,
     write_rows,
@@ -60,16 +60,16 @@ def test_a_comparison_goes_on_where_it_was_stopped_and_reports(tiny_model: Path,
 
 def interrupted(console: Path, folder: Path, *arguments: str | Path) -> str:
     """Start the command line, press Ctrl-C once the run in `folder` has a checkpoint; what was printed."""
-    running = start_grao(console, *arguments)
     checkpoints = folder / "checkpoints"
-    wait_until(lambda: any(checkpoints.glob("step-*")) or running.poll() is not None, 300, "a checkpoint")
-    everybody = family(running.pid)
-    assert len(everybody) > 4, console.read_text()
-    os.kill(running.pid, signal.SIGINT)
-    assert running.wait(timeout=90) == 130, console.read_text()
-    wait_until(lambda: not living(everybody), 30, "the end of every process")
+    with Running(console, *arguments) as running:
+        running.until(lambda: any(checkpoints.glob("step-*")), 300, "a checkpoint")
+        everybody = family(running.pid)
+        assert len(everybody) > 4, running.output
+        os.kill(running.pid, signal.SIGINT)
+        assert running.end(90) == 130, running.output
+        wait_until(lambda: not living(everybody), 30, "the end of every process")
     assert len(lines(folder / "steps.jsonl")) < STEPS
-    return console.read_text()
+    return running.output
 
 
 def check_report(out: Path) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import socket
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from configs.objectives import DpoObjective, GraoObjective, GrpoObjective
+from configs.schema import ModelConfig
+from learner.errors import LearnerError
 from learner.worker import LearnerRank
 from tests.end_to_end.ranks import Ranks
 from tests.end_to_end.reference import Reference, random_step
@@ -61,3 +66,20 @@ def test_an_optimizer_in_host_memory_makes_the_same_steps(odd_model: Path, tmp_p
 
 def keeps_optimizer_in_host_memory(rank: LearnerRank) -> bool:
     return bool(rank._engine.model._zero.offload_optimizer)
+
+
+def test_a_meeting_place_that_somebody_else_took_is_named(odd_model: Path) -> None:
+    with socket.socket() as taken, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(LearnerError) as caught:
+            pool.submit(start_alone, odd_model, port).result(120)
+    assert f"learner rank 0 did not meet the others at 127.0.0.1:{port}: " in str(caught.value)
+    assert "EADDRINUSE" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def start_alone(model: Path, port: int) -> None:
+    rank = LearnerRank(ModelConfig(path=str(model)), LEARNER, ROLLOUT, "cpu", seed=3)
+    rank.start(0, 1, 0, "127.0.0.1", port, "0" * 32)

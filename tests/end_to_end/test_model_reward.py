@@ -19,12 +19,11 @@ from reward.errors import NotRetryable, RewardError
 from reward.types import ScoreRequest
 from tests import tiny
 from tests.end_to_end.harness import (
+    Running,
     config,
     family,
     grao,
     lines,
-    start_grao,
-    wait_until,
     write_config,
     write_rows,
 )
@@ -43,13 +42,11 @@ def test_rewards_are_the_models_scores_and_a_killed_scoring_actor_is_replaced(ti
         reward=scored_by(reward_model, tokens),
         learner={"steps": STEPS, "cpus_per_rank": 0.4},
     )
-    log = tmp_path / "log"
-    running = start_grao(log, "train", write_config(tmp_path / "c.yaml", tree))
-    wait_until(lambda: len(lines(folder / "steps.jsonl")) >= 2 or running.poll() is not None, 300, "two steps")
-    [scorer] = scorers(running.pid)
-    scorer.kill()
-    wait_until(lambda: running.poll() is not None, 300, "the end of the run")
-    assert running.returncode == 0, log.read_text()
+    with Running(tmp_path / "log", "train", write_config(tmp_path / "c.yaml", tree)) as running:
+        running.until(lambda: len(lines(folder / "steps.jsonl")) >= 2, 300, "two steps")
+        [scorer] = scorers(running.pid)
+        scorer.kill()
+        assert running.end(300) == 0, running.output
     assert len(lines(folder / "steps.jsonl")) == STEPS
 
     groups = lines(folder / "samples.jsonl")

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from tests.end_to_end.harness import (
+    Running,
     config,
     family,
     grao,
     lines,
     living,
-    start_grao,
     wait_until,
     write_config,
 )
@@ -104,12 +104,12 @@ def test_a_killed_run_goes_on_from_its_checkpoint_as_if_it_had_never_stopped(
     assert done.returncode == 0, done.stdout + done.stderr
 
     tree["run"]["folder"] = str(cut)
-    running = start_grao(tmp_path / "log", "train", write_config(tmp_path / "cut.yaml", tree))
-    wait_until(lambda: len(lines_so_far(cut)) >= 3, 300, "three steps")
-    ours = [process for process in family(running.pid) if "Agent" not in process.name()]  # Ray's own take minutes
-    os.kill(running.pid, signal.SIGKILL)
-    running.wait()
-    wait_until(lambda: not living(ours), 120, f"the end of {ours}")
+    with Running(tmp_path / "log", "train", write_config(tmp_path / "cut.yaml", tree)) as running:
+        running.until(lambda: len(lines_so_far(cut)) >= 3, 300, "three steps")
+        ours = [process for process in family(running.pid) if "Agent" not in process.name()]  # Ray's own take minutes
+        os.kill(running.pid, signal.SIGKILL)
+        assert running.end(30) == -signal.SIGKILL
+        wait_until(lambda: not living(ours), 120, f"the end of {ours}")
 
     resumed = grao("resume", cut)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
@@ -134,19 +134,18 @@ def test_a_signal_ends_everything_that_the_run_started(learned: tuple[Path, str]
     """
     folder = tmp_path / "run"
     tree = config(learned[0] / "model", folder, rows, learner={"steps": 1000})
-    log = tmp_path / "log"
-    running = start_grao(log, "train", write_config(tmp_path / "c.yaml", tree))
-    wait_until(lambda: len(lines_so_far(folder)) >= 2 or running.poll() is not None, 300, "two steps")
-    everybody = family(running.pid)
-    assert len(everybody) > 4, log.read_text()
-    second = grao("train", tmp_path / "c.yaml")
-    assert second.returncode == 1
-    assert f"is in use by process {running.pid}" in second.stderr
-    os.kill(running.pid, signal.SIGTERM)
-    assert running.wait(timeout=90) == 130, log.read_text()
-    wait_until(lambda: not living(everybody), 30, "the end of every process")
+    with Running(tmp_path / "log", "train", write_config(tmp_path / "c.yaml", tree)) as running:
+        running.until(lambda: len(lines_so_far(folder)) >= 2, 300, "two steps")
+        everybody = family(running.pid)
+        assert len(everybody) > 4, running.output
+        second = grao("train", tmp_path / "c.yaml")
+        assert second.returncode == 1
+        assert f"is in use by process {running.pid}" in second.stderr
+        os.kill(running.pid, signal.SIGTERM)
+        assert running.end(90) == 130, running.output
+        wait_until(lambda: not living(everybody), 30, "the end of every process")
     assert held_out_scores(folder)[0] > 0.9
-    assert "Traceback" not in log.read_text()
+    assert "Traceback" not in running.output
 
 
 @pytest.mark.parametrize(

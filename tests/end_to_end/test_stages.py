@@ -11,12 +11,12 @@ import pytest
 import yaml
 
 from tests.end_to_end.harness import (
+    Running,
     config,
     family,
     grao,
     lines,
     living,
-    start_grao,
     wait_until,
     write_config,
     write_rows,
@@ -49,16 +49,14 @@ def test_stages_run_one_after_the_other_and_go_on_where_they_were_stopped(tiny_m
     checked = grao("check", file)
     assert "# ok: stage 1-sft, 32 training and 8 held-out prompts" in checked.stdout, checked.stderr
     assert "# ok: stage 2-grpo, 32 training and 8 held-out prompts" in checked.stdout
-    log = tmp_path / "log"
-    running = start_grao(log, "train", file)
-    checkpoint = grpo / "checkpoints" / "step-000002"
-    wait_until(lambda: checkpoint.is_dir() or running.poll() is not None, 400, "a checkpoint of the second stage")
-    everybody = family(running.pid)
-    os.kill(running.pid, signal.SIGINT)
-    assert running.wait(timeout=90) == 130, log.read_text()
-    wait_until(lambda: not living(everybody), 30, "the end of every process")
-    assert "stage 1-sft: begun" in log.read_text()
-    assert "1 rollout worker, 1 reward worker, 1 learner rank" in log.read_text()
+    with Running(tmp_path / "log", "train", file) as running:
+        running.until((grpo / "checkpoints" / "step-000002").is_dir, 400, "a checkpoint of the second stage")
+        everybody = family(running.pid)
+        os.kill(running.pid, signal.SIGINT)
+        assert running.end(90) == 130, running.output
+        wait_until(lambda: not living(everybody), 30, "the end of every process")
+    assert "stage 1-sft: begun" in running.output
+    assert "1 rollout worker, 1 reward worker, 1 learner rank" in running.output
     check_first_stage(sft)
 
     written = (sft / "config.yaml").stat().st_mtime_ns
