@@ -29,7 +29,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from configs.schema import ModelConfig, RolloutConfig
 from rollout.errors import EngineDead, RolloutError
-from rollout.guard import mark_host
+from rollout.guard import mark_host, remove_folder, temporary_files_in
 from rollout.ports import free_port
 from rollout.seeds import sample_seed
 from rollout.types import Parameters, Prompt, Sample, Sampling
@@ -46,9 +46,11 @@ END_TIMEOUT_S = 10.0
 class Engine:
     """Made by `start`. Every method raises EngineDead once the engine is gone."""
 
-    def __init__(self, llm: AsyncLLM, transport: Transport) -> None:
+    def __init__(self, llm: AsyncLLM, transport: Transport, folder: str) -> None:
+        """`folder` has the sockets of vLLM's processes and goes with them."""
         self._llm = llm
         self._transport = transport
+        self._folder = folder
         self._open, self._sent = asyncio.Event(), asyncio.Event()  # of an update by 'ipc'
         self._tokenizer = llm.get_tokenizer()
         cache = llm.vllm_config.cache_config
@@ -66,11 +68,16 @@ class Engine:
         """Start vLLM's processes, about half a minute for any small model. Raises RolloutError."""
         _set_environment(rollout, device, transport)
         arguments = _arguments(model, rollout, device, longest_sequence, transport)
+        folder = mark_host()
         try:
-            llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)  # blocks; the actor stays responsive
+            with temporary_files_in(folder):
+                llm = await asyncio.to_thread(
+                    AsyncLLM.from_engine_args, arguments
+                )  # blocks; the actor stays responsive
         except (ValueError, RuntimeError, OSError, AssertionError) as error:
+            remove_folder(folder)
             raise RolloutError(f"the engine for '{model.path}' did not start: {_one_line(error)}") from error
-        engine = cls(llm, transport)
+        engine = cls(llm, transport, folder)
         await engine.watched(llm.update_weight_version(str(NO_VERSION)))
         return engine
 
@@ -212,12 +219,14 @@ class Engine:
         _, alive = await asyncio.to_thread(psutil.wait_procs, processes, END_TIMEOUT_S)
         for process in alive:
             process.kill()
+        remove_folder(self._folder)
 
     async def _watch_health(self) -> None:
         # vLLM does not fail calls that wait for a core which was killed, so they would wait for ever
         while not self._llm.errored:  # noqa: ASYNC110 - vLLM offers a flag, not an event
             await asyncio.sleep(POLL_S)
         self._die("vLLM's engine process has ended")
+        remove_folder(self._folder)
 
     def _die(self, reason: str) -> None:
         if not self._death.done():
@@ -249,7 +258,6 @@ class Engine:
 
 def _set_environment(rollout: RolloutConfig, device: Device, transport: Transport) -> None:
     """vLLM takes these from the environment only, and hands them on to its processes."""
-    mark_host()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["VLLM_PORT"] = str(free_port(""))  # its processes meet there some seconds from now

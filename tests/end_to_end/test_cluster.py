@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -108,6 +109,7 @@ def two_nodes(
             node.wait(timeout=60)
         for process in living(everybody):
             process.kill()
+        shutil.rmtree(sockets, ignore_errors=True)
 
 
 def free_ports(count: int) -> list[int]:

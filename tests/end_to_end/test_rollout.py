@@ -9,7 +9,8 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import psutil
@@ -298,7 +299,17 @@ async def gone(pids: list[int], seconds: float = 30.0) -> bool:
     return False
 
 
-async def test_untied_model_incomplete_version_and_close(tmp_path: Path) -> None:
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where engines have their temporary files; a short path, for the sockets among them."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "torchinductor-of-tests"))
+    with tempfile.TemporaryDirectory(prefix="place", dir="/tmp") as place:
+        monkeypatch.setattr(tempfile, "tempdir", place)
+        monkeypatch.setenv("TMPDIR", place)
+        yield Path(place)
+
+
+async def test_untied_model_incomplete_version_and_close(tmp_path: Path, temporary: Path) -> None:
     folder = tiny.write(tmp_path / "untied", tie=False)
     worker = make_worker(folder)
     await worker.start()
@@ -320,14 +331,20 @@ async def test_untied_model_incomplete_version_and_close(tmp_path: Path) -> None
 
     pids = worker.pids()
     assert len(alive(pids)) == 1
+    assert files_in(temporary)
     await worker.close()
     assert alive(pids) == []
+    assert files_in(temporary) == []
     await worker.close()
     with pytest.raises(EngineDead, match="not running"):
         await worker.generate(live.prompt(), sampling())
 
 
-async def test_a_killed_engine_is_noticed_by_those_who_wait(tiny_model: Path, tmp_path: Path) -> None:
+def files_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+async def test_a_killed_engine_is_noticed_by_those_who_wait(tiny_model: Path, tmp_path: Path, temporary: Path) -> None:
     worker = make_worker(tiny_model)
     await worker.start()
     live = Live(worker, AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), tmp_path)
@@ -341,6 +358,7 @@ async def test_a_killed_engine_is_noticed_by_those_who_wait(tiny_model: Path, tm
     with pytest.raises(EngineDead):
         await live.update()
     assert await gone(pids)
+    assert files_in(temporary) == []
     await worker.close()
 
 
@@ -360,7 +378,7 @@ if __name__ == "__main__":
 """
 
 
-async def test_no_process_outlives_a_killed_host(tiny_model: Path, tmp_path: Path) -> None:
+async def test_no_process_and_no_file_outlives_a_killed_host(tiny_model: Path, tmp_path: Path, temporary: Path) -> None:
     script, told = tmp_path / "host.py", tmp_path / "pids"
     script.write_text(HOST)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -370,6 +388,8 @@ async def test_no_process_outlives_a_killed_host(tiny_model: Path, tmp_path: Pat
         await asyncio.sleep(0.1)
     pids = [int(pid) for pid in told.read_text().split()]
     assert len(alive(pids)) == 1
+    assert any("vllm_dist" in name for name in files_in(temporary))
     host.kill()
     await host.wait()
     assert await gone(pids)
+    assert files_in(temporary) == []
