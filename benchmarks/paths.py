@@ -61,8 +61,10 @@ class Plain:
 class Packed:
     """The learner's model, with each sequence by itself or with a group's prompt shared."""
 
-    def __init__(self, folder: Path, dtype: Dtype, device: torch.device, budget: int, chunk: int) -> None:
-        self.model: PolicyModel = build_model(str(folder), dtype, False, False).to(device)
+    def __init__(
+        self, folder: Path, dtype: Dtype, device: torch.device, budget: int, chunk: int, checkpointing: bool = False
+    ) -> None:
+        self.model: PolicyModel = build_model(str(folder), dtype, False, checkpointing).to(device)
         self._device, self._budget, self._chunk = device, budget, chunk
 
     def packed(self, rows: Sequence[Row], prompts: Prompts) -> None:

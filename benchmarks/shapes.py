@@ -150,6 +150,15 @@ def rows_of(scored: list[ScoredGroup]) -> tuple[list[Row], list[tuple[int, ...]]
     return rows, [one.group.prompt.token_ids for one in scored]
 
 
+def one_row(shape: Shape, vocabulary: int) -> tuple[list[Row], list[tuple[int, ...]]]:
+    """A single answer of exactly the shape's length, its weight 1, and its prompt."""
+    draw = random.Random(0)
+    prompt, answer = (
+        tuple(draw.randrange(3, vocabulary) for _ in range(count)) for count in (shape.prompt, shape.answer)
+    )
+    return [Row(group=0, kind="reference", token_ids=answer, logprobs=None, weight=1.0)], [prompt]
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """Tokens of a step and the operations that it cannot do without."""

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import AutoConfig
 
 from configs.schema import AttentionKernel
-from learner import blocks, tiles
+from learner import blocks, flex, tiles
 from learner.attention import ModelError, attend, refuse_later_tokens, shared_map, why_separate
 from learner.blocks import BlockMap, block_map
 from learner.flex import flex_map
@@ -222,6 +223,28 @@ def test_flex_pads_to_few_lengths() -> None:
     assert all(length % 128 == 0 for length in lengths)
     segments, positions = pack([(1500, [800])])
     assert len(flex_map(segments, positions, DEVICE).layout) <= 1.125 * len(segments)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_flexs_compiled_kernel_serves_every_micro_batch_of_a_length(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward only, since PyTorch has no compiled backward kernel for CPUs."""
+    monkeypatch.setattr(flex, "flex_attention", flex._compiled())  # which a GPU has
+    compiled = []
+    for answers in ([60, 50, 30], [80, 20, 25], [20, 30, 40, 50]):
+        segments, positions = pack([(70, answers), (40, [33])])
+        shapes = (4, 2, 2)
+        q, k, v = (torch.randn(1, heads, len(positions), 16) for heads in shapes)
+        shared = shared_map(segments, positions, DEVICE, "flex")
+        with torch.no_grad():
+            found, _ = attend(torch.nn.Identity(), q, k, v, None, 0.3, shared_map=shared, sliding_window=window)
+        torch.testing.assert_close(
+            found.double(), dense(q, k, v, segments, positions, 0.3, window), rtol=1e-5, atol=1e-5
+        )
+        compiled.append(counters["stats"]["unique_graphs"])
+    assert compiled[0] > 0
+    assert compiled == compiled[:1] * 3
 
 
 @pytest.mark.parametrize(
