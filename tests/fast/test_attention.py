@@ -148,8 +148,9 @@ def test_the_device_chooses_the_kernel() -> None:
     assert isinstance(shared_map(segments, positions, torch.device("meta")).kernel, BlockMap)
 
 
-def test_tiles_hold_what_fits_and_little_padding() -> None:
+def test_tiles_hold_what_fits_and_little_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short answers together, sorted by length; a long one by itself, its queries in runs; no query twice."""
+    monkeypatch.setattr(tiles, "FEWEST_QUERIES", 32)
     lengths = [1000, *range(30, 60), 7]
     segments, positions = pack([(100, lengths)])
     q, k, v = (torch.randn(1, 4, len(positions), 2) for _ in range(3))
