@@ -34,3 +34,10 @@ def test_zero3_on_one_rank(tiny_model: Path, tmp_path: Path) -> None:
     ways = [row["way"] for row in made["rows"]]
     assert ways == ["ZeRO-3, our settings", "ZeRO-3, DeepSpeed's defaults", "bare model, no optimizer"]
     assert all(row["CPU seconds"] > 0 for row in made["rows"])
+
+
+def test_the_memory_of_a_single_sequence(tmp_path: Path) -> None:
+    made = bench("memory", tmp_path / "m.json", "--model", "tiny", "--long", "512")
+    [row] = made["rows"]
+    assert row["tokens"] == 512
+    assert 0 < row["MiB"] < 500
