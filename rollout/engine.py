@@ -71,9 +71,8 @@ class Engine:
         folder = mark_host()
         try:
             with temporary_files_in(folder):
-                llm = await asyncio.to_thread(
-                    AsyncLLM.from_engine_args, arguments
-                )  # blocks; the actor stays responsive
+                # blocks for long; the actor stays responsive
+                llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
         except (ValueError, RuntimeError, OSError, AssertionError) as error:
             remove_folder(folder)
             raise RolloutError(f"the engine for '{model.path}' did not start: {_one_line(error)}") from error

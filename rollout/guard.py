@@ -8,7 +8,6 @@ files lie in a folder of the engine's own, which the last one removes.
 
 from __future__ import annotations
 
-import getpass
 import os
 import shutil
 import tempfile
@@ -41,8 +40,8 @@ def remove_folder(folder: str) -> None:
 
 @contextmanager
 def temporary_files_in(folder: str) -> Iterator[None]:
-    """Processes that are started meanwhile have their temporary files in `folder`, but PyTorch's cache where it was."""
-    cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    """Processes that are started meanwhile have their temporary files in `folder`; PyTorch's compiled code stays."""
+    cache = os.path.join(tempfile.gettempdir(), f"torchinductor-{os.getuid()}")
     changed = {"TMPDIR": folder, "VLLM_RPC_BASE_PATH": folder}
     changed["TORCHINDUCTOR_CACHE_DIR"] = os.environ.get("TORCHINDUCTOR_CACHE_DIR", cache)
     before = {name: os.environ.get(name) for name in changed}
