@@ -24,10 +24,10 @@ from configs.schema import Dtype
 from learner.errors import LearnerError
 from learner.layout import PREFIX, Share, checksum, file_name, file_prefix, pack, ranges
 from learner.server import PieceServer
+from rollout.abandoned import is_abandoned
 from rollout.types import TRAILER_NBYTES, Parameters, Piece, TensorSpec, trailer
 
 FOLDER = "/dev/shm"
-YOUNG_S = 60.0
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -144,22 +144,8 @@ def remove_files(secret: str, keep: int | None = None) -> None:
 def remove_abandoned(now: float | None = None) -> None:
     """Remove this user's shared files of any run whose processes were all killed: nobody holds them any more."""
     for path in glob.glob(os.path.join(FOLDER, PREFIX + "*")):
-        if _is_abandoned(path, now or time.time()):
+        if is_abandoned(path, now or time.time()):
             _unlink(path)
-
-
-def _is_abandoned(path: str, now: float) -> bool:
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except (FileNotFoundError, PermissionError):  # gone by now, or another user's
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return now - os.fstat(handle).st_ctime > YOUNG_S  # a younger one may be in the making
-    except BlockingIOError:  # held by a living rank
-        return False
-    finally:
-        os.close(handle)
 
 
 def _unlink(path: str) -> None:

@@ -29,7 +29,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from configs.schema import ModelConfig, RolloutConfig
 from rollout.errors import EngineDead, RolloutError
-from rollout.guard import mark_host, remove_folder, temporary_files_in
+from rollout.guard import mark_host, remove_folder
 from rollout.ports import free_port
 from rollout.seeds import sample_seed
 from rollout.types import Parameters, Prompt, Sample, Sampling
@@ -70,9 +70,7 @@ class Engine:
         arguments = _arguments(model, rollout, device, longest_sequence, transport)
         folder = mark_host()
         try:
-            with temporary_files_in(folder):
-                # blocks for long; the actor stays responsive
-                llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
+            llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)  # blocks; the actor stays responsive
         except (ValueError, RuntimeError, OSError, AssertionError) as error:
             remove_folder(folder)
             raise RolloutError(f"the engine for '{model.path}' did not start: {_one_line(error)}") from error

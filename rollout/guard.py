@@ -2,58 +2,59 @@
 
 vLLM's core process does not notice when its parent is killed: it and its workers would keep their memory for ever. Ray
 ends actors by killing them, so this is the normal way. The engine's innermost processes therefore watch the chain of
-parents up to the worker (the host), and end what is left of the engine when a link is gone. vLLM's sockets and other
-files lie in a folder of the engine's own, which the last one removes.
+parents up to the worker (the host), and end what is left of the engine when a link is gone. vLLM's sockets lie in a
+folder of the engine's own, which whoever is left removes; where all were killed at once, the next engine on the node.
 """
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import psutil
 
+from rollout.abandoned import is_abandoned
+
 HOST_VARIABLE = "GRAO_ENGINE_HOST"
 FOLDER_VARIABLE = "GRAO_ENGINE_FOLDER"
+PREFIX = "grao-"
+LOCK = "lock"
 POLL_S = 0.5
+
+_held: dict[str, int] = {}
+"""Open locks by folder."""
 
 
 def mark_host() -> str:
-    """Call in the worker before it starts an engine: the engine's processes inherit the mark.
+    """Call in the worker before it starts an engine: the engine's processes inherit the marks.
 
-    Returns a new folder for the engine's sockets and temporary files. `remove_folder` is for a worker that survives.
+    Returns a new folder for the engine's sockets. `remove_folder` is for a worker that survives.
     """
-    folder = tempfile.mkdtemp(prefix="grao-")  # short: the path of a socket has at most 107 bytes
-    os.environ[HOST_VARIABLE], os.environ[FOLDER_VARIABLE] = str(os.getpid()), folder
+    remove_abandoned()
+    folder = tempfile.mkdtemp(prefix=PREFIX)  # short: the path of a socket has at most 107 bytes
+    _held[folder] = os.open(os.path.join(folder, LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(_held[folder], fcntl.LOCK_SH)  # until this process ends, however it ends
+    os.environ.update({HOST_VARIABLE: str(os.getpid()), FOLDER_VARIABLE: folder, "VLLM_RPC_BASE_PATH": folder})
     return folder
 
 
 def remove_folder(folder: str) -> None:
     """Call when the engine's processes are gone."""
     shutil.rmtree(folder, ignore_errors=True)
+    if folder in _held:
+        os.close(_held.pop(folder))
 
 
-@contextmanager
-def temporary_files_in(folder: str) -> Iterator[None]:
-    """Processes that are started meanwhile have their temporary files in `folder`; PyTorch's compiled code stays."""
-    cache = os.path.join(tempfile.gettempdir(), f"torchinductor-{os.getuid()}")
-    changed = {"TMPDIR": folder, "VLLM_RPC_BASE_PATH": folder}
-    changed["TORCHINDUCTOR_CACHE_DIR"] = os.environ.get("TORCHINDUCTOR_CACHE_DIR", cache)
-    before = {name: os.environ.get(name) for name in changed}
-    os.environ.update(changed)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+def remove_abandoned(now: float | None = None) -> None:
+    """Remove the folders of workers that were killed together with their engines, so that nobody was left to do it."""
+    for lock in glob.glob(os.path.join(tempfile.gettempdir(), f"{PREFIX}*", LOCK)):
+        if is_abandoned(lock, now or time.time()):
+            shutil.rmtree(os.path.dirname(lock), ignore_errors=True)
 
 
 def watch_host() -> None:

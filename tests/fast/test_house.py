@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "configs": (),
     "rollout": ("configs",),
     "reward": ("configs", "rollout.types"),
-    "learner": ("configs", "rollout.types", "rollout.ports", "reward.types"),
+    "learner": ("configs", "rollout.types", "rollout.abandoned", "rollout.ports", "reward.types"),
     "cluster": (
         "configs",
         "rollout.types",

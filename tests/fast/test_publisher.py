@@ -221,7 +221,8 @@ def test_secret_of_another_length_is_refused() -> None:
 
 def test_files_of_killed_runs_are_removed_and_those_of_living_ones_stay() -> None:
     from learner.layout import PREFIX
-    from learner.publisher import FOLDER, YOUNG_S, remove_abandoned
+    from learner.publisher import FOLDER, remove_abandoned
+    from rollout.abandoned import YOUNG_S
 
     old, held, young = (Path(FOLDER) / f"{PREFIX}test{os.getpid()}-{name}-0" for name in ("old", "held", "young"))
     holder = None
