@@ -28,8 +28,8 @@ from learner.segments import Part, parts_of
 SCORES = 2**18
 """Scores of a tile, about: 1 MiB in float32, which fits a core's own cache."""
 FEWEST_QUERIES = 128
-"""A very long answer's tile has at least so many, or its products would be too thin: with 32 a row of 8k tokens takes
-half as long again."""
+"""A very long answer's tile has at least so many, or its products would be too thin: with 32 the attention of a row of
+8k tokens takes half as long again."""
 
 
 @dataclass(frozen=True, slots=True)
