@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from cluster.placement import KEEP_FREED_MEMORY
+from learner.zero_settings import KEEP_FREED_MEMORY
 
 GEMM = (1024, 576, 1536)
 """The product that calibrates a CPU: a thousand positions through a feed-forward layer of the 135M model."""

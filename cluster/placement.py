@@ -18,17 +18,13 @@ from cluster.actors import RemoteRank, RemoteReward, RemoteRollout, ScoringActor
 from cluster.plan import Bundle, Plan, Scorers, check, plan, plan_without_learner
 from configs.schema import Config, ModelConfig
 from learner.worker import LearnerRank
+from learner.zero_settings import KEEP_FREED_MEMORY
 from reward.model import RewardModelWorker
 from reward.worker import RewardWorker
 from rollout.worker import RolloutWorker
 
 SCORING_RESTARTS = 3  # of one scoring actor in a run
 LOCAL_OBJECT_STORE = 512 * 2**20  # groups are small; parameters never pass through Ray's object store
-
-
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
-"""For a rank on CPU. ZeRO-3 gathers and drops gigabytes in every step; glibc would give each piece back to the kernel
-and get it back page by page, zeroed: a quarter of the step of a model with 135M parameters."""
 
 
 class PlacementError(RuntimeError):

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,9 +31,9 @@ from torch.autograd.function import once_differentiable
 TILE_ELEMENTS = 2**20
 """Logits in float32 at the same time: softmax works through a chunk in tiles of rows this large (4 MiB), because four
 times as many leave the cache: the whole head took 1.3 times as long."""
-GPU_TILE_ELEMENTS = 2**25
-"""The same on a GPU (128 MiB; not measured), where small tiles would be launches more than work."""
 
+KERNELS = 64
+"""Compiled forms of the softmax that are kept: one for each set of options, and one more for a single row."""
 
 Weigh = Callable[[torch.Tensor], torch.Tensor]
 """f32[M] log-probabilities at the loss temperature to f32[M] weights."""
@@ -143,7 +144,8 @@ class _OnePass(torch.autograd.Function):
                 grad_weight.add_product(logits.T, hidden[part])
             if grad_bias is not None:
                 grad_bias.add(logits.sum(0, dtype=torch.float32))
-        ctx.grads = [grad_hidden, *(None if one is None else one.total() for one in (grad_weight, grad_bias))]
+        ctx.grads = [grad_hidden, *(None if one is None else one.total for one in (grad_weight, grad_bias))]
+        ctx.dtype = hidden.dtype
         logprobs, rollout_logprobs, entropy = values
         ctx.mark_non_differentiable(logprobs, rollout_logprobs, entropy)
         return -(weights * logprobs).sum(), logprobs, rollout_logprobs, entropy
@@ -155,27 +157,33 @@ class _OnePass(torch.autograd.Function):
         made, ctx.grads = ctx.grads, None
         if made is None:
             raise RuntimeError("the loss head's gradients were used up by an earlier backward()")
-        return (*(None if one is None else one.mul_(grads[0]) for one in made), None, None, None)
+        return (*(None if one is None else _times(one, grads[0], ctx.dtype) for one in made), None, None, None)
+
+
+def _times(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In place where it has the type already, else with its only rounding on the way."""
+    if gradient.dtype == dtype:
+        return gradient.mul_(factor)
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
 class _Sum:
     """A gradient summed over chunks in float32, unless there is but one chunk."""
 
     def __init__(self, like: torch.Tensor, in_one_go: bool) -> None:
-        self._like = like
-        self._total = torch.zeros_like(like, dtype=like.dtype if in_one_go else torch.float32)
+        self.total = torch.zeros_like(like, dtype=like.dtype if in_one_go else torch.float32)
 
     def add_product(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        if self._total.dtype == a.dtype:
-            self._total.addmm_(a, b)
+        if self.total.dtype == a.dtype:
+            self.total.addmm_(a, b)
+        elif a.is_cuda:
+            # a product in bfloat16 that is then added moves 12 bytes an element of the sum, this one 8
+            torch.addmm(self.total, a, b, out_dtype=torch.float32, out=self.total)
         else:
-            self._total += a @ b
+            self.total += a @ b
 
     def add(self, value: torch.Tensor) -> None:
-        self._total += value
-
-    def total(self) -> torch.Tensor:
-        return self._total.to(self._like.dtype)
+        self.total += value
 
 
 def _softmax_chunk(
@@ -183,12 +191,29 @@ def _softmax_chunk(
 ) -> torch.Tensor:
     """Overwrite logits [C, V] by the loss's gradient to them (where wanted) and return f32[3, C] of per-target values.
 
-    Works in tiles of rows, so that only a few tiles exist in float32, and they stay in the processor's cache.
+    On a CPU in tiles of rows, so that only a few tiles exist in float32, and they stay in the processor's cache. On a
+    GPU compiled: nothing exists in float32 but registers, and logits are read some three times and written once.
     """
-    elements = GPU_TILE_ELEMENTS if logits.is_cuda else TILE_ELEMENTS
-    rows = max(1, elements // logits.shape[1])
+    if logits.is_cuda:
+        return _softmax_compiled(logits, targets, weights, options)
+    rows = max(1, TILE_ELEMENTS // logits.shape[1])
     tiles = zip(logits.split(rows), targets.split(rows), weights.split(rows), strict=True)
     return torch.cat([_softmax_tile(*tile, options) for tile in tiles], dim=1)
+
+
+def _softmax_compiled(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, options: HeadOptions
+) -> torch.Tensor:
+    """`_softmax_tile` as a few kernels, the same ones for any number of rows."""
+    for one in (logits, targets, weights):
+        torch._dynamo.maybe_mark_dynamic(one, 0)
+    return _compiled()(logits, targets, weights, options)
+
+
+@cache
+def _compiled() -> Callable[..., torch.Tensor]:
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KERNELS)
+    return torch.compile(_softmax_tile, fullgraph=True)
 
 
 def _softmax_tile(
@@ -212,8 +237,11 @@ def _softmax_tile(
         rollout_logprobs = u.gather(1, index)[:, 0] - torch.logsumexp(u, dim=1)
     if options.gradients:
         factor = (weights * (options.scale / options.loss_temperature))[:, None]
-        p.mul_(factor).scatter_add_(1, index, -factor)
+        at_target = factor * (torch.exp(logprobs)[:, None] - 1)
+        p = p.mul_(factor)
         if options.softcap is not None:
-            p.mul_(1 - (z / options.softcap).square())
+            bent = 1 - (z / options.softcap).square()
+            p, at_target = p * bent, at_target * bent.gather(1, index)
         logits.copy_(p)
+        logits.scatter_(1, index, at_target.to(logits.dtype))
     return torch.stack([logprobs, rollout_logprobs, entropy])

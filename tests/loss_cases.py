@@ -38,7 +38,7 @@ def logprobs_of(model: Any, temperature: float) -> LogProbs:
 
 def gradients_of(model: torch.nn.Module) -> Gradients:
     named = model.named_parameters()
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named}
+    return {name: (torch.zeros_like(p) if p.grad is None else p.grad.clone()).cpu() for name, p in named}
 
 
 def reference(
@@ -76,7 +76,8 @@ def _one_batch(
     policy: PolicyModel, batch: MicroBatch, objective: AnyObjective, temperature: float, chunk: int,
     start: PolicyModel | None, kernel: AttentionKernel,
 ) -> list[RowResult]:  # fmt: skip
-    tensors, method, begin = to_tensors(batch, DEVICE, policy.shares_prompts, kernel), build_objective(objective), None
+    device = next(policy.parameters()).device
+    tensors, method, begin = to_tensors(batch, device, policy.shares_prompts, kernel), build_objective(objective), None
     if start is not None:
         with torch.no_grad():
             begin = _values(start(tensors, temperature, 1.0, chunk))
@@ -85,8 +86,8 @@ def _one_batch(
     def weigh(logprobs: torch.Tensor) -> torch.Tensor:
         assert method.weigh is not None
         nothing = np.full(len(logprobs), np.nan)
-        made.append(method.weigh(batch, logprobs.double().numpy(), nothing if begin is None else begin.logprobs))
-        return torch.tensor(made[0].weights, dtype=torch.float32)
+        made.append(method.weigh(batch, logprobs.double().cpu().numpy(), nothing if begin is None else begin.logprobs))
+        return torch.tensor(made[0].weights, dtype=torch.float32, device=device)
 
     output = policy(tensors, temperature, 1.0, chunk, weigh if method.weigh else None)
     output.loss.backward()
@@ -95,7 +96,7 @@ def _one_batch(
 
 def _values(output: Any) -> Values:
     fields = (output.logprobs, output.rollout_logprobs, output.entropy)
-    return Values(*(field.detach().double().numpy() for field in fields))
+    return Values(*(field.detach().double().cpu().numpy() for field in fields))
 
 
 def assert_same(made: tuple[float, Gradients], wanted: tuple[float, Gradients], tolerance: float = 1e-5) -> None:

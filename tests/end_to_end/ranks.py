@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from configs.schema import LearnerConfig, ModelConfig, RolloutConfig
 from learner.worker import LearnerRank
@@ -21,8 +21,9 @@ class Ranks:
     """`world` processes with a LearnerRank each. `call` runs a function of the rank in all of them at once."""
 
     def __init__(
-        self, model: Path, world: int, learner: LearnerConfig, rollout: RolloutConfig, trust: bool = False
-    ) -> None:
+        self, model: Path, world: int, learner: LearnerConfig, rollout: RolloutConfig, trust: bool = False,
+        device: Literal["cpu", "gpu"] = "cpu",
+    ) -> None:  # fmt: skip
         self.world, self.secret = world, os.urandom(16).hex()
         context = multiprocessing.get_context("spawn")
         self._connections: list[Connection] = []
@@ -30,7 +31,7 @@ class Ranks:
         settings = (ModelConfig(path=str(model), trust_remote_code=trust), learner, rollout)
         for _ in range(world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, *settings), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, *settings, device), daemon=True)
             process.start()
             theirs.close()
             self._connections.append(ours)
@@ -75,8 +76,9 @@ def _serve(
     model: ModelConfig,
     learner: LearnerConfig,
     rollout: RolloutConfig,
+    device: Literal["cpu", "gpu"],
 ) -> None:
-    rank = LearnerRank(model, learner, rollout, "cpu", seed=3)
+    rank = LearnerRank(model, learner, rollout, device, seed=3)
     while (request := connection.recv()) is not None:
         function, arguments = request
         try:
