@@ -7,7 +7,7 @@ MODEL := models/SmolLM2-135M-Instruct
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help quickstart install test test-fast test-end-to-end peer bench check format clean
+.PHONY: help quickstart install test test-fast test-end-to-end test-gpu peer bench check format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -28,6 +28,9 @@ test-fast: install  ## tests without an engine, under 2 minutes
 
 test-end-to-end: install  ## real Ray, vLLM and DeepSpeed on tiny models
 	@$(BIN)/python -m pytest tests/end_to_end -q
+
+test-gpu: install  ## what runs on GPUs only; needs one
+	@$(BIN)/python -m pytest tests/gpu -q
 
 peer: install  ## TRL for benchmarks/versus_trl.py, into .peer (it needs nothing that .venv does not have)
 	@test -d .peer/trl || $(BIN)/python -m pip install --quiet --no-deps --target .peer trl==1.16.0

@@ -37,6 +37,8 @@ def main() -> None:
             "steps": 10**6,
             "warmup_steps": 0,
             "tokens_per_micro_batch": work["budget"],
+            "head_chunk": work.get("head_chunk", 1024),
+            "attention": work.get("attention", "auto"),
             "threads_per_rank": 1,
             "activation_checkpointing": False,
             "kl_every": 0,

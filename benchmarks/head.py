@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -62,6 +63,19 @@ class Case:
         logprobs = torch.log_softmax(self.linear(self.hidden).float(), -1)
         (-(self.weights * logprobs.gather(1, self.targets[:, None])[:, 0]).sum()).backward()
 
+    def liger(self) -> None:
+        """Liger's fused head: the mean over the targets, since it has no weights."""
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+        LigerFusedLinearCrossEntropyFunction.apply(self.hidden, self.linear.weight, self.targets)[0].backward()
+
+    def cce(self) -> None:
+        """Cut cross-entropy with its settings as they come: it leaves out gradients that are small."""
+        from cut_cross_entropy import linear_cross_entropy
+
+        losses = linear_cross_entropy(self.hidden, self.linear.weight, self.targets, reduction="none")
+        (self.weights * losses).sum().backward()
+
     @torch.no_grad()
     def products(self) -> None:
         """Logits, gradient to the hidden states, gradient to the weight, chunk by chunk, and nothing else."""
@@ -94,10 +108,10 @@ def main() -> None:
     exact, near = _gate(options, "float32"), _gate(options, options.dtype)
     case = Case(options, options.targets, options.dtype)
     calibrator = Calibrator(device, TORCH_DTYPE[options.dtype])
-    ways = {"products": case.products, "ours": case.ours, "plain": case.plain}
+    ways = {"products": case.products, "ours": case.ours, "plain": case.plain, **_peers(case, device)}
     sides = {name: partial(_timed, way, case, device) for name, way in ways.items()}
     found = alternate(sides, options.pairs, calibrator)
-    peaks = {name: _peak(name) for name in ("ours", "plain")}
+    peaks = {name: _peak(name) for name in ways if name != "products"}
     rate = calibrator.result()
     flops = 6.0 * options.targets * options.hidden * options.vocabulary
     table = [
@@ -125,6 +139,12 @@ def main() -> None:
         **facts(device),
     }
     report(f"head {options.hidden} x {options.vocabulary}, {options.dtype}", table, about, options.json)
+
+
+def _peers(case: Case, device: torch.device) -> dict[str, Callable[[], None]]:
+    """Other projects' fused heads, where there is a GPU and they are installed."""
+    known = {"liger_kernel": ("liger", case.liger), "cut_cross_entropy": ("cce", case.cce)}
+    return dict(way for package, way in known.items() if device.type == "cuda" and find_spec(package))
 
 
 def _gate(options: Any, dtype: Dtype) -> float:
@@ -162,7 +182,9 @@ def _options() -> Any:
     made.add_argument("--chunk", type=int, default=1024, help="learner.head_chunk")
     made.add_argument("--dtype", choices=sorted(ALLOWED), default="bfloat16")
     made.add_argument("--device", default="cpu")
-    made.add_argument("--peak-of", choices=("ours", "plain"), help="only print this side's peak in bytes")
+    made.add_argument(
+        "--peak-of", choices=("ours", "plain", "liger", "cce"), help="only print this side's peak in bytes"
+    )
     return made.parse_args()
 
 

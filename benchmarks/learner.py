@@ -22,10 +22,12 @@ from benchmarks.measure import (
     Calibrator,
     alternate,
     as_a_rank,
+    datasheet_flops,
     facts,
     gate,
     on_one_core,
     parser,
+    peak_bytes,
     ratio,
     relative,
     report,
@@ -38,6 +40,7 @@ from learner.model import TORCH_DTYPE
 
 ALLOWED: dict[Dtype, float] = {"float32": 1e-5, "bfloat16": 3e-2}
 GATE_GROUPS = 1
+Way = Callable[..., None]
 
 
 def main() -> None:
@@ -46,70 +49,82 @@ def main() -> None:
     as_a_rank(device)
     on_one_core(device)
     config, shape = model_config(options.model), SHAPES[options.shape]
+    rows, prompts = rows_of(groups(shape, options.groups, config.vocab_size))
+    some = rows_of(groups(shape, GATE_GROUPS, config.vocab_size))
     with tempfile.TemporaryDirectory() as place:
-        folder = write_model(options.model, Path(place), torch.float32)
-        rows, prompts = rows_of(groups(shape, options.groups, config.vocab_size))
-        some = rows_of(groups(shape, GATE_GROUPS, config.vocab_size))
-        exact = _gate(folder, "float32", device, options, some)
-        plain, ours = _sides(folder, options.dtype, device, options)
-        near = exact if options.dtype == "float32" else _gate_measured(plain, ours, options.dtype, some)
+        folder = write_model(options.model, Path(place), TORCH_DTYPE[options.dtype], device)
+        plain, ours, apart = _checked_sides(folder, device, options, some)
     calibrator = Calibrator(device, TORCH_DTYPE[options.dtype])
-    steps: dict[str, Callable[..., None]] = {
-        "single": plain.single, "padded": plain.padded, "packed": ours.packed, "shared": ours.shared,
-    }  # fmt: skip
-    if device.type == "cuda":
-        steps["flex"] = ours.flex
+    steps = {"single": plain.single, "padded": plain.padded, **_our_ways(ours, device)}
     sides = {name: partial(_timed, partial(step, rows, prompts), (plain, ours), device) for name, step in steps.items()}
     found = alternate(sides, options.pairs, calibrator)
-    rate, work = calibrator.result(), work_of(rows, prompts, config)
-    table = [
-        {
+    rate, work, promised = calibrator.result(), work_of(rows, prompts, config), datasheet_flops(device)
+    table: list[dict[str, Any]] = []
+    for name, taken in found.items():
+        middle = statistics.median(taken)
+        row = {
             "way": name,
-            "seconds": statistics.median(taken),
+            "seconds": middle,
             "times as long as shared": ratio(taken, found["shared"]),
-            "of the limit": work.flops / rate.gemm_flops / statistics.median(taken),
+            "of the limit": work.flops / rate.gemm_flops / middle,
         }
-        for name, taken in found.items()
-    ]
+        if device.type == "cuda":
+            row["MFU"] = None if promised is None else work.flops / promised / middle
+            row["peak MiB"] = round(peak_bytes(partial(steps[name], rows, prompts), device) / 2**20)
+            _forget(plain, ours)
+        table.append(row)
     about = {
         **tokens(work, rate),
-        "gradients float32": exact,
-        f"gradients {options.dtype}": near,
+        **{f"gradients {dtype}": worst for dtype, worst in apart.items()},
         **facts(device),
     }
     report(f"{options.model} {options.dtype}, {options.groups} x {shape}", table, about, options.json)
 
 
-def _sides(folder: Path, dtype: Dtype, device: torch.device, options: Any) -> tuple[Plain, Packed]:
-    return Plain(folder, dtype, device), Packed(folder, dtype, device, options.budget, options.chunk)
+def _our_ways(ours: Packed, device: torch.device) -> dict[str, Way]:
+    more = {"flex": ours.flex} if device.type == "cuda" else {}
+    return {"packed": ours.packed, "shared": ours.shared, **more}
 
 
-def _gate(folder: Path, dtype: Dtype, device: torch.device, options: Any, some: Any) -> float:
-    plain, ours = _sides(folder, dtype, device, options)
-    return _gate_measured(plain, ours, dtype, some)
+def _checked_sides(
+    folder: Path, device: torch.device, options: Any, some: Any
+) -> tuple[Plain, Packed, dict[str, float]]:
+    """The sides in the type that is measured, and by type how far the worst way's gradients are from the reference's.
+
+    All plain models are made and asked before the first of ours, which on a GPU changes transformers' own classes.
+    """
+    types: tuple[Dtype, ...] = tuple(dict.fromkeys(("float32", options.dtype)))
+    wanted: dict[Dtype, dict[str, torch.Tensor]] = {}
+    apart: dict[str, float] = {}
+    for dtype in types:
+        plain = Plain(folder, dtype, device)
+        plain.single(*some)
+        wanted[dtype] = plain.gradients()
+        plain.padded(*some)
+        apart[dtype] = _apart(plain, wanted[dtype], dtype, "padded")
+    for dtype in types:
+        ours = Packed(folder, dtype, device, options.budget, options.chunk)
+        for name, step in _our_ways(ours, device).items():
+            step(*some)
+            apart[dtype] = max(apart[dtype], _apart(ours, wanted[dtype], dtype, name))
+        del wanted[dtype]
+    return plain, ours, apart
 
 
-def _gate_measured(plain: Plain, ours: Packed, dtype: Dtype, some: Any) -> float:
-    """The worst of the other ways beside single sequences."""
-    plain.single(*some)
-    wanted, worst = plain.gradients(), 0.0
-    ways: list[tuple[Plain | Packed, Callable[..., None]]] = [
-        (plain, plain.padded), (ours, ours.packed), (ours, ours.shared),
-    ]  # fmt: skip
-    if next(ours.model.parameters()).is_cuda:
-        ways.append((ours, ours.flex))
-    for side, step in ways:
-        step(*some)
-        found = relative(side.gradients(), wanted)
-        gate(found, ALLOWED[dtype], f"{step.__name__} in {dtype}")
-        worst = max(worst, found)
-    return worst
+def _apart(side: Plain | Packed, wanted: dict[str, torch.Tensor], dtype: Dtype, name: str) -> float:
+    found = relative(side.gradients(), wanted)
+    gate(found, ALLOWED[dtype], f"{name} in {dtype}")
+    return found
+
+
+def _forget(*sides: Plain | Packed) -> None:
+    for side in sides:
+        side.model.zero_grad()
 
 
 def _timed(step: Callable[[], None], sides: tuple[Plain, Packed], device: torch.device) -> float:
     taken = seconds(step, device)
-    for side in sides:
-        side.model.zero_grad()
+    _forget(*sides)
     return taken
 
 

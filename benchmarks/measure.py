@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from learner.zero_settings import KEEP_FREED_MEMORY
+from learner.worker import KEEP_FREED_MEMORY
 
 GEMM = (1024, 576, 1536)
 """The product that calibrates a CPU: a thousand positions through a feed-forward layer of the 135M model."""
@@ -30,6 +30,8 @@ COPY_BYTES = 269_000_000
 """The 135M model's weights in bfloat16."""
 RANK_MEMORY = {**KEEP_FREED_MEMORY, "THP_MEM_ALLOC_ENABLE": "1"}
 """Environment of a learner's rank on CPU."""
+DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bfloat16, operations a second; the usual denominator of MFU."""
 DRAWS = 2000
 LEVEL = 0.95
 PACKAGES = ("torch", "transformers", "deepspeed")
@@ -181,6 +183,12 @@ def gate(found: float, allowed: float, what: str) -> None:
         sys.exit(
             f"{what}: gradients differ by {found:.2g} of their norm, {allowed:.2g} are allowed; nothing is measured"
         )
+
+
+def datasheet_flops(device: torch.device) -> float | None:
+    """What the maker promises of dense bfloat16 products; None for what is not listed."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for part, flops in DATASHEET.items() if part in name), None)
 
 
 def facts(device: torch.device) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def _measure(options: Any, device: torch.device) -> int:
     shape, vocabulary = Shape(*map(int, numbers)), model_config(options.model).vocab_size
     rows, prompts = one_row(shape, vocabulary) if way == "long" else rows_of(groups(shape, 1, vocabulary))
     with tempfile.TemporaryDirectory() as place:
-        folder = write_model(options.model, Path(place), TORCH_DTYPE[options.dtype])
+        folder = write_model(options.model, Path(place), TORCH_DTYPE[options.dtype], device)
         if way == "padded":
             plain = Plain(folder, options.dtype, device)
             return peak_bytes(lambda: plain.padded(rows, prompts), device)

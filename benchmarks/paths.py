@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configs.schema import AttentionKernel, Dtype
+from learner.fused import fuse_layers
 from learner.model import TORCH_DTYPE, PolicyModel, build_model, to_tensors
 from learner.packing import plan
 from learner.types import MicroBatch, Row
@@ -59,12 +60,17 @@ class Plain:
 
 
 class Packed:
-    """The learner's model, with each sequence by itself or with a group's prompt shared."""
+    """The learner's model, with each sequence by itself or with a group's prompt shared.
+
+    On a GPU make it after any `Plain`: Liger takes the place of classes in transformers' modules.
+    """
 
     def __init__(
         self, folder: Path, dtype: Dtype, device: torch.device, budget: int, chunk: int, checkpointing: bool = False
     ) -> None:
         self.model: PolicyModel = build_model(str(folder), dtype, False, checkpointing).to(device)
+        if device.type == "cuda":
+            fuse_layers(self.model.hf, "auto")
         self._device, self._budget, self._chunk = device, budget, chunk
 
     def packed(self, rows: Sequence[Row], prompts: Prompts) -> None:

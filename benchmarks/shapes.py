@@ -41,6 +41,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_QWEN, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
          "num_key_value_heads": 2, "tie_word_embeddings": True},
     ),
+    "qwen2.5-7b-4-layers": (
+        "qwen2",
+        {**_QWEN, "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 4,
+         "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False},
+    ),
     "qwen2.5-7b": (
         "qwen2",
         {**_QWEN, "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28,
@@ -75,10 +80,12 @@ def model_config(name: str) -> PretrainedConfig:
     return AutoConfig.for_model(family, **settings, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
-def write_model(name: str, folder: Path, dtype: torch.dtype) -> Path:
-    """A model with random weights, always the same, as a Hugging Face folder."""
+def write_model(name: str, folder: Path, dtype: torch.dtype, device: torch.device) -> Path:
+    """A model with random weights, on one device always the same, as a Hugging Face folder."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(model_config(name), dtype=torch.float32).to(dtype).save_pretrained(folder)
+    with device:
+        model = AutoModelForCausalLM.from_config(model_config(name), dtype=torch.float32)
+    model.to(dtype).save_pretrained(folder)
     return folder
 
 

@@ -38,7 +38,7 @@ class Side:
         environment = {
             **os.environ,
             **(RANK_MEMORY if work["device"] == "cpu" and as_a_rank else {}),
-            "PYTHONPATH": f"{ROOT}:{PEER}",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(PEER), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
         }

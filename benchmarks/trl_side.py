@@ -1,9 +1,10 @@
 """TRL's GRPOTrainer as a side of benchmarks/versus_trl.py: its own training loop, fed with groups from a file.
 
-    PYTHONPATH=.peer python benchmarks/trl_side.py WORK.json [--old-pass]
+    PYTHONPATH=.peer python benchmarks/trl_side.py WORK.json [--old-pass] [--liger]
 
 Reads one line per update from stdin, answers with a line '@ SECONDS GRAD_NORM' on stdout. --old-pass adds the forward
-pass over old log-probabilities that TRL makes whenever its samples come from vLLM, by TRL's own method.
+pass over old log-probabilities that TRL makes whenever its samples come from vLLM, by TRL's own method; --liger lets
+it use Liger's kernels for layers and loss (on a GPU).
 Nothing of this project is imported.
 """
 
@@ -73,7 +74,7 @@ def main() -> None:
         torch.set_num_threads(1)
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     groups = work["groups"]
-    size = len(groups[0]["samples"])
+    size, together = len(groups[0]["samples"]), work.get("trl_groups", 1)
 
     def replay(prompts: list[str], trainer: Any) -> dict[str, Any]:
         seen: Counter[str] = Counter()
@@ -97,8 +98,8 @@ def main() -> None:
 
     settings = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=size,
-        gradient_accumulation_steps=len(groups),
+        per_device_train_batch_size=size * together,
+        gradient_accumulation_steps=len(groups) // together,
         num_generations=size,
         max_completion_length=max(len(one) for group in groups for one in group["samples"]),
         max_steps=10**6,
@@ -116,6 +117,7 @@ def main() -> None:
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        use_liger_kernel="--liger" in sys.argv,
         model_init_kwargs={"dtype": work["dtype"]},
     )
     made = WithOldPass if "--old-pass" in sys.argv else GRPOTrainer

@@ -32,6 +32,7 @@ TRL: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "plain": ("TRL", (), True),
     "old-pass": ("TRL with its pass for vLLM's samples", ("--old-pass",), True),
     "own-memory": ("TRL, memory as Python comes", (), False),
+    "liger": ("TRL with Liger's layers and loss", ("--liger",), True),
 }
 """Ways to run it: title, flags of trl_side.py, whether it has our ranks' memory settings."""
 
@@ -46,7 +47,8 @@ def main() -> None:
     scored = groups(shape, options.groups, config.vocab_size)
     work = {
         "model": str(Path(options.model).resolve()), "device": options.device, "dtype": options.dtype,
-        "budget": options.budget, "groups": plain_groups(scored),
+        "budget": options.budget, "head_chunk": options.chunk, "attention": options.attention,
+        "trl_groups": options.trl_groups, "groups": plain_groups(scored),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         norms = _gate(work, Path(place))
@@ -107,9 +109,13 @@ def _options() -> Any:
     made.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="a folder with weights and a tokenizer")
     made.add_argument("--shape", choices=sorted(SHAPES), default="hh")
     made.add_argument("--groups", type=int, default=2)
-    made.add_argument("--trl", nargs="+", choices=sorted(TRL), default=list(TRL), help="fewer where memory is short")
+    made.add_argument("--trl", nargs="+", choices=sorted(TRL), default=["plain", "old-pass", "own-memory"],
+                      help="fewer where memory is short; liger on a GPU only")  # fmt: skip
     made.add_argument("--dtype", choices=sorted(TORCH_DTYPE), default="bfloat16")
     made.add_argument("--device", default="cpu")
+    made.add_argument("--trl-groups", type=int, default=1, help="groups in one of TRL's micro-batches (default 1)")
+    made.add_argument("--attention", choices=["auto", "blocks", "flex"], default="auto", help="learner.attention")
+    made.add_argument("--chunk", type=int, default=1024, help="learner.head_chunk")
     made.add_argument("--budget", type=int, default=8192, help="learner.tokens_per_micro_batch")
     return made.parse_args()
 

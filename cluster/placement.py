@@ -17,8 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.actors import RemoteRank, RemoteReward, RemoteRollout, ScoringActors
 from cluster.plan import Bundle, Plan, Scorers, check, plan, plan_without_learner
 from configs.schema import Config, ModelConfig
-from learner.worker import LearnerRank
-from learner.zero_settings import KEEP_FREED_MEMORY
+from learner.worker import KEEP_FREED_MEMORY, LearnerRank
 from reward.model import RewardModelWorker
 from reward.worker import RewardWorker
 from rollout.worker import RolloutWorker

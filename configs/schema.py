@@ -14,6 +14,7 @@ from configs.rewards import RewardConfig
 
 Dtype = Literal["float32", "bfloat16"]
 AttentionKernel = Literal["auto", "tiles", "blocks", "flex"]
+LayerKernels = Literal["auto", "plain", "liger"]
 
 
 class ModelConfig(Section):
@@ -137,6 +138,9 @@ class LearnerConfig(Section):
     """How the learner's attention is computed: 'tiles' (CPU only) by matrix products that fit the cache, 'blocks' by
     PyTorch's own on padded blocks, 'flex' (GPU only) by FlexAttention, one compiled kernel without padding. 'auto'
     is tiles on a CPU, blocks on a GPU."""
+    layer_kernels: LayerKernels = "auto"
+    """How a layer's norms, rotary positions and gated activation are computed: 'plain' by transformers' own code,
+    'liger' (GPU only) by Liger's kernels. 'auto' is liger on a GPU for the families it is tested for, else plain."""
     offload_optimizer: bool = False
     """Keep master parameters, sums of gradients and AdamW's moments in host memory, and update there: 16 bytes a
     parameter less on the ranks' GPUs together, for a slower update."""
@@ -278,6 +282,8 @@ class Config(Section):
         for kernel, device in (("flex", "gpu"), ("tiles", "cpu")):
             if learner.attention == kernel and cluster.device != device:
                 raise ValueError(f"learner.attention '{kernel}' needs cluster.device: {device}; use 'auto'")
+        if learner.layer_kernels == "liger" and cluster.device != "gpu":
+            raise ValueError("learner.layer_kernels 'liger' needs cluster.device: gpu; use 'auto'")
         if cluster.colocate != (learner.transport == "ipc"):
             raise ValueError("cluster.colocate: true and learner.transport: ipc go together; set both or neither")
         if cluster.colocate and (rollout.tensor_parallel > 1 or rollout.workers != learner.ranks):

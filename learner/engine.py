@@ -171,7 +171,7 @@ class ZeroEngine:
 
         with self._dividing():
             policy = build_model(*self._loading(self._model_config.path))
-        _gather_at_once(policy)
+        self._prepare(policy)
         return policy
 
     def _value_model(self, path: str) -> ValueModel:
@@ -181,12 +181,19 @@ class ZeroEngine:
 
         with self._dividing():
             made = build_value_model(*self._loading(path))
-        _gather_at_once(made)
+        self._prepare(made)
         if made.has_new_head:
             # 0 everywhere at first: no rank's random numbers, and no noise before anything was learned
             with deepspeed.zero.GatheredParameters([made.hf.score.weight], modifier_rank=0):
                 torch.nn.init.zeros_(made.hf.score.weight)
         return made
+
+    def _prepare(self, model: PackedModel[Any]) -> None:
+        from learner.fused import fuse_layers
+
+        _gather_at_once(model)
+        if self._on_gpu:
+            fuse_layers(model.hf, self._config.layer_kernels)
 
     def _loading(self, path: str) -> tuple[str, Dtype, bool, bool]:
         trust, checkpointing = self._model_config.trust_remote_code, self._config.activation_checkpointing

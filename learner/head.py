@@ -164,26 +164,43 @@ def _times(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> 
     """In place where it has the type already, else with its only rounding on the way."""
     if gradient.dtype == dtype:
         return gradient.mul_(factor)
+    if gradient.is_cuda:  # one kernel at the speed of memory; PyTorch's own for two types takes three times as long
+        return _compiled(_times_compiled)(gradient, factor, dtype)
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+
+
+def _times_compiled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (gradient * factor).to(dtype)
 
 
 class _Sum:
     """A gradient summed over chunks in float32, unless there is but one chunk."""
 
     def __init__(self, like: torch.Tensor, in_one_go: bool) -> None:
-        self.total = torch.zeros_like(like, dtype=like.dtype if in_one_go else torch.float32)
+        self._like, self._dtype = like, like.dtype if in_one_go else torch.float32
+        self._total: torch.Tensor | None = None
 
     def add_product(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        if self.total.dtype == a.dtype:
-            self.total.addmm_(a, b)
-        elif a.is_cuda:
-            # a product in bfloat16 that is then added moves 12 bytes an element of the sum, this one 8
-            torch.addmm(self.total, a, b, out_dtype=torch.float32, out=self.total)
+        if self._total is None or not a.is_cuda:
+            self.add(_product(a, b, self._dtype))
         else:
-            self.total += a @ b
+            # a product in bfloat16 that is then added moves 12 bytes an element of the sum, this one 8
+            torch.addmm(self._total, a, b, out_dtype=torch.float32, out=self._total)
 
     def add(self, value: torch.Tensor) -> None:
-        self.total += value
+        if self._total is None:
+            self._total = value.to(self._dtype)
+        else:
+            self._total += value
+
+    @property
+    def total(self) -> torch.Tensor:
+        return torch.zeros_like(self._like) if self._total is None else self._total
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """On a CPU the product is rounded to the factors' type: PyTorch has others for CUDA only."""
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda and a.dtype != dtype else a @ b
 
 
 def _softmax_chunk(
@@ -195,31 +212,29 @@ def _softmax_chunk(
     GPU compiled: nothing exists in float32 but registers, and logits are read some three times and written once.
     """
     if logits.is_cuda:
-        return _softmax_compiled(logits, targets, weights, options)
-    rows = max(1, TILE_ELEMENTS // logits.shape[1])
-    tiles = zip(logits.split(rows), targets.split(rows), weights.split(rows), strict=True)
-    return torch.cat([_softmax_tile(*tile, options) for tile in tiles], dim=1)
-
-
-def _softmax_compiled(
-    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, options: HeadOptions
-) -> torch.Tensor:
-    """`_softmax_tile` as a few kernels, the same ones for any number of rows."""
-    for one in (logits, targets, weights):
-        torch._dynamo.maybe_mark_dynamic(one, 0)
-    return _compiled()(logits, targets, weights, options)
+        for one in (logits, targets, weights):
+            torch._dynamo.maybe_mark_dynamic(one, 0)  # the same kernels for any number of rows
+        values = _compiled(_softmax_tile)(logits, targets, weights, options)
+    else:
+        rows = max(1, TILE_ELEMENTS // logits.shape[1])
+        tiles = zip(logits.split(rows), targets.split(rows), weights.split(rows), strict=True)
+        values = torch.cat([_softmax_tile(*tile, options) for tile in tiles], dim=1)
+    if options.gradients:
+        logits.scatter_(1, targets[:, None], values[3, :, None].to(logits.dtype))
+    return values[:3]
 
 
 @cache
-def _compiled() -> Callable[..., torch.Tensor]:
+def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KERNELS)
-    return torch.compile(_softmax_tile, fullgraph=True)
+    return torch.compile(function, fullgraph=True)
 
 
 def _softmax_tile(
     logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, options: HeadOptions
 ) -> torch.Tensor:
-    """One tile of `_softmax_chunk`: rows of log-probabilities, rollout log-probabilities and entropies."""
+    """One tile of `_softmax_chunk`: f32[4, rows] of log-probabilities, rollout log-probabilities, entropies, and the
+    gradient at the target, which the caller puts in its place: inside, that would be a kernel more on a GPU."""
     z, index = logits.float(), targets[:, None]
     if options.scale != 1.0:
         z = z * options.scale
@@ -235,13 +250,13 @@ def _softmax_tile(
     if options.rollout_temperature != options.loss_temperature:
         u = z / options.rollout_temperature
         rollout_logprobs = u.gather(1, index)[:, 0] - torch.logsumexp(u, dim=1)
+    at_target = torch.zeros_like(logprobs)
     if options.gradients:
-        factor = (weights * (options.scale / options.loss_temperature))[:, None]
-        at_target = factor * (torch.exp(logprobs)[:, None] - 1)
-        p = p.mul_(factor)
+        factor = weights * (options.scale / options.loss_temperature)
+        at_target = factor * (torch.exp(logprobs) - 1)
+        p = p.mul_(factor[:, None])
         if options.softcap is not None:
             bent = 1 - (z / options.softcap).square()
-            p, at_target = p * bent, at_target * bent.gather(1, index)
+            p, at_target = p.mul_(bent), at_target * bent.gather(1, index)[:, 0]
         logits.copy_(p)
-        logits.scatter_(1, index, at_target.to(logits.dtype))
-    return torch.stack([logprobs, rollout_logprobs, entropy])
+    return torch.stack([logprobs, rollout_logprobs, entropy, at_target])

@@ -1,14 +1,10 @@
-"""What a rank is set up with, as plain mappings: its environment, ZeRO-3 and its thresholds from the model's size."""
+"""DeepSpeed's configuration as plain mappings: ZeRO-3 and its thresholds from the model's size."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from configs.schema import LearnerConfig
-
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
-"""For a rank on CPU. ZeRO-3 gathers and drops gigabytes in every step; glibc would give each piece back to the kernel
-and get it back page by page, zeroed: a quarter of the step of a model with 135M parameters."""
 
 
 def base_settings(world: int, learner: LearnerConfig) -> dict[str, Any]:

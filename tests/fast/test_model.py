@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from learner.attention import ModelError
+from learner.fused import fuse_layers
 from learner.model import PolicyModel, build_model, to_tensors
 from learner.packing import plan
 from learner.types import MicroBatch, Row
@@ -153,3 +154,25 @@ def test_a_model_that_looks_ahead_is_refused(tmp_path: Path) -> None:
         ModelError, match=r"^model\.path: llama gives an answer other .* computed beside it; use another"
     ):
         policy.check_isolation(DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "why"),
+    [
+        ("gemma", {"head_dim": 8}, "for llama, mistral, qwen2, qwen3 only, not for gemma"),
+        ("qwen2", {"hidden_act": "gelu"}, "does not have the model's activation gelu"),
+        ("qwen2", {}, "liger-kernel is not installed"),
+    ],
+)
+def test_layers_that_cannot_be_fused_stay_plain(
+    family: str, settings: dict[str, Any], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("learner.fused.find_spec", lambda _: None)
+    hf = build(write_model(tmp_path, family, **settings)).hf
+    assert not fuse_layers(hf, "plain")
+    assert not fuse_layers(hf, "auto")
+    with pytest.raises(ModelError) as caught:
+        fuse_layers(hf, "liger")
+    assert str(caught.value).startswith("learner.layer_kernels is 'liger', but ")
+    assert why in str(caught.value)
+    assert str(caught.value).endswith("; set it to auto or plain")

@@ -17,6 +17,8 @@ from torch import nn
 from configs.objectives import GraoObjective, GrpoObjective
 from configs.schema import AttentionKernel
 from learner.attention import attend, shared_map
+from learner.fused import FAMILIES as FUSED
+from learner.fused import fuse_layers
 from learner.head import LossHead
 from tests.end_to_end.ranks import Ranks
 from tests.end_to_end.reference import Reference, random_step
@@ -102,6 +104,14 @@ def test_families_with_flex(family: str, tmp_path: Path) -> None:
     case = Case(write_model(tmp_path, family, **WIDE, **sliding))
     case.policy.to(GPU)
     case.check(some_groups(seed=7, count=3), GraoObjective(), kernel="flex")
+
+
+@pytest.mark.parametrize("family", sorted(FUSED))
+def test_families_with_fused_layers(family: str, tmp_path: Path) -> None:
+    case = Case(write_model(tmp_path, family), checkpointing=family == "mistral")
+    assert fuse_layers(case.policy.to(GPU).hf, "auto")
+    case.check(some_groups(seed=7, count=3), GraoObjective(), kernel="blocks")
+    case.policy.check_isolation(GPU, "blocks")
 
 
 @pytest.mark.parametrize("offload", [False, True], ids=["on the GPU", "optimizer in host memory"])
