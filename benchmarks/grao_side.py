@@ -18,7 +18,7 @@ import torch
 from benchmarks.measure import on_one_core, seconds
 from benchmarks.shapes import scored_group
 from configs.schema import LearnerConfig, ModelConfig, RolloutConfig
-from learner import engine
+from learner import engine, zero
 from learner.types import RankReport
 from learner.worker import LearnerRank
 from learner.zero_settings import base_settings
@@ -48,8 +48,10 @@ def main() -> None:
     rank = LearnerRank(
         ModelConfig(path=work["model"]), learner, rollout, "cpu" if device.type == "cpu" else "gpu", seed=0
     )
+    if work.get("zero") in ("modules", "defaults"):
+        engine._gather_at_once = lambda model: None
     if work.get("zero") == "defaults":
-        engine.zero_settings = _stage_3_alone  # type: ignore[attr-defined]
+        zero.zero_settings = _stage_3_alone  # type: ignore[attr-defined]
     number, world = work.get("rank", 0), work.get("world", 1)
     address, port = (work["address"], work["port"]) if world > 1 else rank.host()
     rank.start(number, world, number, address, port, work.get("secret", os.urandom(16).hex()))

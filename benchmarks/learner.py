@@ -38,7 +38,9 @@ from benchmarks.shapes import MODELS, SHAPES, groups, model_config, rows_of, tok
 from configs.schema import Dtype
 from learner.model import TORCH_DTYPE
 
-ALLOWED: dict[Dtype, float] = {"float32": 1e-5, "bfloat16": 3e-2}
+ALLOWED: dict[Dtype, float] = {"float32": 3e-5, "bfloat16": 3e-2}
+"""Sums of thousands in another order: at a width of 3,584 padded batches, which are all transformers' own code, differ
+from single sequences by 1.1e-5 on an H200. Small models are held to 1e-5 by the tests."""
 GATE_GROUPS = 1
 Way = Callable[..., None]
 

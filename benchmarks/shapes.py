@@ -25,6 +25,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
     ),
+    "narrow": (
+        "qwen2",
+        {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 28,
+         "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
     "smollm2-135m": (
         "llama",
         {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -215,11 +216,34 @@ class ZeroEngine:
 
 
 def _gather_at_once(model: torch.nn.Module) -> None:
-    """Tell ZeRO-3 which blocks of the model it must gather as a whole: learner/experts.py says why."""
-    from deepspeed.utils import set_z3_leaf_modules
+    """Tell ZeRO-3 which modules to gather as a whole, instead of each module inside them by itself.
+
+    Layers, since DeepSpeed's Python around every module takes longer than a GPU computes in a small model; and blocks
+    of separate experts: learner/experts.py says why.
+    """
+    from deepspeed.utils import set_z3_leaf_module
 
     from learner.experts import blocks_of_separate_experts
 
-    blocks = blocks_of_separate_experts(model)
-    if blocks:
-        set_z3_leaf_modules(model, list(blocks))
+    experts = tuple(blocks_of_separate_experts(model))
+    for module in model.modules():
+        if isinstance(module, experts):
+            set_z3_leaf_module(module, True)
+    for layer in _layers(model):
+        set_z3_leaf_module(layer, True)
+
+
+def _layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Layers of transformers' own kind with parameters of their own.
+
+    Gradients of a module gathered as a whole are reduced when those of its inputs are there. This kind of layer gets by
+    position whatever needs a gradient, or transformers' activation checkpointing would fail; others may get it by
+    name, which DeepSpeed would not see. A parameter that two layers share is reduced once, after both.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    holders = Counter(id(parameter) for layer in layers for parameter in layer.parameters())
+    for layer in layers:
+        if all(holders[id(parameter)] == 1 for parameter in layer.parameters()):
+            yield layer

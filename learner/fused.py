@@ -7,8 +7,13 @@ gradients of every family below with a float64 reference.
 
 from __future__ import annotations
 
+import logging
+import sys
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from configs.schema import LayerKernels
@@ -16,6 +21,9 @@ from learner.attention import ModelError
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Model types that tests/gpu compares. Liger knows more, and for some it assumes what their configs can change."""
+ROTARY = "apply_rotary_pos_emb"
+"""A function of transformers' modules that layers look up when they run: all models of a family share it."""
+Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 ACTIVATIONS = frozenset({"silu", "swish"})
 """The only ones that Liger's gated layer computes, whatever the model asks for."""
 
@@ -29,12 +37,35 @@ def fuse_layers(hf: PreTrainedModel, choice: LayerKernels) -> bool:
         return False
     why = _why_not(hf)
     if why is None:
-        from transformers.integrations.liger import apply_liger_kernel
-
-        apply_liger_kernel(hf, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+        _apply(hf)
     elif choice == "liger":
         raise ModelError(f"learner.layer_kernels is 'liger', but {why}; set it to auto or plain")
     return why is None
+
+
+def _apply(hf: PreTrainedModel) -> None:
+    from transformers.integrations.liger import apply_liger_kernel
+
+    # it tells of every other vendor's kernels that it looked for
+    logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
+    family = vars(sys.modules[type(hf).__module__])
+    before = dict(family)
+    apply_liger_kernel(hf, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+    rotary = family[ROTARY]
+    # Liger also exchanges the classes of models made later and the function of all, which then fail on a CPU
+    family.update(before)
+    if not isinstance(before[ROTARY], _ByDevice):
+        family[ROTARY] = _ByDevice(before[ROTARY], rotary)
+
+
+class _ByDevice:
+    """Rotary positions by Liger on a GPU, by transformers elsewhere."""
+
+    def __init__(self, plain: Rotary, fused: Rotary) -> None:
+        self._plain, self._fused = plain, fused
+
+    def __call__(self, q: torch.Tensor, *others: Any, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return (self._fused if q.is_cuda else self._plain)(q, *others, **settings)
 
 
 def _why_not(hf: PreTrainedModel) -> str | None:

@@ -72,10 +72,14 @@ class Reference:
     """The learner's arithmetic on one process."""
 
     def __init__(self, model: Path, learner: LearnerConfig, rollout: RolloutConfig, trust: bool = False) -> None:
-        # transformers' grouped products of experts do not know float64
+        # transformers' grouped products of experts do not know float64, its fused attention no capped scores
         self.model, self._start = (
             AutoModelForCausalLM.from_pretrained(
-                model, dtype=torch.float64, experts_implementation="eager", trust_remote_code=trust
+                model,
+                dtype=torch.float64,
+                experts_implementation="eager",
+                attn_implementation="eager",
+                trust_remote_code=trust,
             )
             for _ in range(2)
         )

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
 
 from learner.attention import ModelError
 from learner.fused import fuse_layers
@@ -176,3 +177,24 @@ def test_layers_that_cannot_be_fused_stay_plain(
     assert str(caught.value).startswith("learner.layer_kernels is 'liger', but ")
     assert why in str(caught.value)
     assert str(caught.value).endswith("; set it to auto or plain")
+
+
+def test_fused_layers_leave_other_models_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger's own function changes the family's module, which models made later and models on a CPU use too."""
+    original = (modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm)
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", original[0])  # to be put back after the test
+
+    def exchange(hf: Any, settings: dict[str, bool]) -> None:
+        modeling_llama.LlamaRMSNorm = torch.nn.Identity  # type: ignore[misc]
+        modeling_llama.apply_rotary_pos_emb = lambda *_, **__: pytest.fail("Liger's kernel on a CPU")
+
+    monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", exchange)
+    monkeypatch.setattr("learner.fused.find_spec", lambda _: True)
+    policy = build(write_model(tmp_path, "llama"))
+    before = policy(to_tensors(batch(), DEVICE), 1.0, 1.0, 16)
+    assert fuse_layers(policy.hf, "liger")
+    assert fuse_layers(build(tmp_path).hf, "auto")
+    assert modeling_llama.LlamaRMSNorm is original[1]
+    after = policy(to_tensors(batch(), DEVICE), 1.0, 1.0, 16)
+    torch.testing.assert_close(after.logprobs, before.logprobs, rtol=0, atol=0)
+    assert modeling_llama.apply_rotary_pos_emb._plain is original[0]
