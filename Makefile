@@ -29,7 +29,7 @@ test-fast: install  ## tests without an engine, under 2 minutes
 test-end-to-end: install  ## real Ray, vLLM and DeepSpeed on tiny models
 	@$(BIN)/python -m pytest tests/end_to_end -q
 
-test-gpu: install  ## what runs on GPUs only; needs one
+test-gpu: install  ## what runs on GPUs only; needs one, and DEVICE=gpu
 	@$(BIN)/python -m pytest tests/gpu -q
 
 peer: install  ## TRL for benchmarks/versus_trl.py, into .peer (it needs nothing that .venv does not have)
@@ -40,7 +40,10 @@ bench: install $(MODEL)/config.json peer  ## every benchmark with its table; an 
 	@$(BIN)/python -m benchmarks.learner --shape gsm8k --json runs/bench/learner-gsm8k.json
 	@$(BIN)/python -m benchmarks.head --json runs/bench/head.json
 	@$(BIN)/python -m benchmarks.memory --json runs/bench/memory.json
-	@$(BIN)/python -m benchmarks.zero3 --json runs/bench/zero3.json
+	@$(BIN)/python -m benchmarks.zero3 --ranks 1 --json runs/bench/zero3.json
+	@$(BIN)/python -m benchmarks.zero3 --ranks 2 --beside modules --json runs/bench/zero3-2-modules.json
+	@$(BIN)/python -m benchmarks.zero3 --ranks 2 --beside defaults --json runs/bench/zero3-2-defaults.json
+	@$(BIN)/python -m benchmarks.zero3 --model narrow --shape tiny --groups 2 --ranks 1 --json runs/bench/zero3-narrow.json
 	@$(BIN)/python -m benchmarks.versus_trl --shape hh --json runs/bench/versus-trl-hh.json
 	@$(BIN)/python -m benchmarks.versus_trl --shape gsm8k --groups 1 --trl plain old-pass --json runs/bench/versus-trl-gsm8k.json
 	@$(BIN)/python -m benchmarks.versus_trl --shape gsm8k --groups 1 --trl own-memory --json runs/bench/versus-trl-gsm8k-own.json

@@ -1,6 +1,7 @@
 """What ZeRO-3 costs a rank: whole updates beside the bare model, with our settings and with DeepSpeed's own.
 
     python -m benchmarks.zero3 [--shape hh] [--groups 4] [--ranks 1 2] [--model models/SmolLM2-135M-Instruct]
+                               [--beside modules defaults]
     python -m benchmarks.zero3 --model narrow --shape tiny --groups 2 --ranks 1
 
 One rank, CPU time: the bare model's forward and backward pass beside a rank's whole update. Two ranks and more, each a
@@ -94,7 +95,7 @@ def _compare(
     world: int, options: Any, work: dict[str, Any], rows: Any, prompts: Any, folder: Path, calibrator: Calibrator
 ) -> list[dict[str, Any]]:
     device = torch.device(options.device)
-    learners = {title: Learner(world, zero, work, folder) for zero, title in ZERO.items()}
+    learners = {ZERO[way]: Learner(world, way, work, folder) for way in ("ours", *options.beside)}
     clock = "cpu" if world == 1 else "wall"
     sides = {title: getattr(learner, clock) for title, learner in learners.items()}
     bare = Packed(Path(work["model"]), options.dtype, device, options.budget, chunk=1024) if world == 1 else None
@@ -132,6 +133,8 @@ def _options() -> Any:
     made.add_argument("--shape", choices=sorted(SHAPES), default="hh")
     made.add_argument("--groups", type=int, default=4)
     made.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    made.add_argument("--beside", nargs="+", choices=("modules", "defaults"), default=("modules", "defaults"),
+                      help="what stands beside our settings; fewer where memory is short")  # fmt: skip
     made.add_argument("--dtype", choices=sorted(ALLOWED), default="bfloat16")
     made.add_argument("--device", default="cpu")
     made.add_argument("--budget", type=int, default=8192, help="learner.tokens_per_micro_batch")
