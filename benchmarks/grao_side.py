@@ -42,6 +42,7 @@ def main() -> None:
             "threads_per_rank": 1,
             "activation_checkpointing": False,
             "kl_every": 0,
+            "offload_optimizer": work.get("zero") == "offload",
         }
     )
     rollout = RolloutConfig(temperature=1.0, samples_per_prompt=len(work["groups"][0]["samples"]), dtype=work["dtype"])

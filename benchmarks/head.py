@@ -3,7 +3,7 @@
     python -m benchmarks.head [--targets 450] [--memory-targets 16128] [--hidden 576] [--vocabulary 49152]
 
 Time: loss and gradients to hidden states and weight, all sides in turns. Memory: how far each rises above its inputs,
-in a process of its own; both gradients, which every side makes, are counted and also listed by themselves.
+on a CPU in a process of its own; both gradients, which every side makes, are counted and also listed by themselves.
 """
 
 from __future__ import annotations
@@ -102,8 +102,7 @@ def main() -> None:
         as_a_rank(device)
     on_one_core(device)
     if options.peak_of:
-        case = Case(options, options.memory_targets, options.dtype)
-        print(peak_bytes(getattr(case, options.peak_of), device))
+        print(peak_bytes(getattr(Case(options, options.memory_targets, options.dtype), options.peak_of), device))
         return
     exact, near = _gate(options, "float32"), _gate(options, options.dtype)
     case = Case(options, options.targets, options.dtype)
@@ -111,7 +110,7 @@ def main() -> None:
     ways = {"products": case.products, "ours": case.ours, "plain": case.plain, **_peers(case, device)}
     sides = {name: partial(_timed, way, case, device) for name, way in ways.items()}
     found = alternate(sides, options.pairs, calibrator)
-    peaks = {name: _peak(name) for name in ways if name != "products"}
+    peaks = {name: _peak(name, options) for name in ways if name != "products"}
     rate = calibrator.result()
     flops = 6.0 * options.targets * options.hidden * options.vocabulary
     table = [
@@ -163,8 +162,11 @@ def _timed(way: Callable[[], None], case: Case, device: torch.device) -> float:
     return taken
 
 
-def _peak(way: str) -> int:
-    """Measured by this very file in a fresh process, which gives freed memory back at once."""
+def _peak(way: str, options: Any) -> int:
+    """On a CPU measured by this very file in a fresh process, which gives freed memory back at once."""
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        return peak_bytes(getattr(Case(options, options.memory_targets, options.dtype), way), device)
     command = [sys.executable, "-m", "benchmarks.head", *sys.argv[1:], "--peak-of", way]
     environment = giving_back()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

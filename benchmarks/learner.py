@@ -31,6 +31,7 @@ from benchmarks.measure import (
     ratio,
     relative,
     report,
+    say,
     seconds,
 )
 from benchmarks.paths import Packed, Plain
@@ -115,6 +116,7 @@ def _checked_sides(
 
 def _apart(side: Plain | Packed, wanted: dict[str, torch.Tensor], dtype: Dtype, name: str) -> float:
     found = relative(side.gradients(), wanted)
+    say(f"{name} in {dtype}: gradients differ by {found:.2g}")
     gate(found, ALLOWED[dtype], f"{name} in {dtype}")
     return found
 

@@ -34,6 +34,7 @@ DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16, operations a second; the usual denominator of MFU."""
 DRAWS = 2000
 LEVEL = 0.95
+BEGUN = time.monotonic()
 PACKAGES = ("torch", "transformers", "deepspeed")
 
 
@@ -57,6 +58,11 @@ class Calibration:
     """Operations a second of the calibrating product, the median over the pairs."""
     copy_bytes: float
     """Bytes a second that are read and written by a plain copy, each counted once."""
+
+
+def say(what: str) -> None:
+    """On stderr: the tables come at the end, which may be minutes away."""
+    print(f"[{time.monotonic() - BEGUN:5.0f} s] {what}", file=sys.stderr, flush=True)
 
 
 def on_one_core(device: torch.device, number: int = 0) -> None:
@@ -96,6 +102,7 @@ def alternate(
     """
     found: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(pairs + 1):
+        say(f"turn {turn} of {pairs}: {', '.join(sides)}" if turn else "warming up")
         between()
         for name in list(sides) if turn % 2 else list(sides)[::-1]:
             taken = sides[name]()

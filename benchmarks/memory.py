@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from benchmarks.measure import facts, giving_back, on_one_core, parser, peak_bytes, report
+from benchmarks.measure import facts, giving_back, on_one_core, parser, peak_bytes, report, say
 from benchmarks.paths import Packed, Plain
 from benchmarks.shapes import MODELS, Shape, groups, model_config, one_row, rows_of, work_of, write_model
 from learner.model import TORCH_DTYPE
@@ -83,6 +83,7 @@ def _long(length: int, config: PretrainedConfig) -> dict[str, Any]:
 
 def _cell(shape: Shape, way: str) -> int:
     name = f"{way},{shape.prompt},{shape.answer},{shape.samples}"
+    say(name)
     command = [sys.executable, "-m", "benchmarks.memory", *sys.argv[1:], "--cell", name]
     environment = giving_back()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

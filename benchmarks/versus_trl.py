@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from benchmarks.measure import Calibrator, alternate, facts, on_one_core, parser, ratio, report
+from benchmarks.measure import Calibrator, alternate, facts, on_one_core, parser, ratio, report, say
 from benchmarks.shapes import SHAPES, groups, rows_of, tokens, work_of
 from benchmarks.sides import GRAO, PEER, Side, peer_version, plain_groups
 from learner.model import TORCH_DTYPE
@@ -91,6 +91,7 @@ def _gate(work: dict[str, Any], folder: Path) -> tuple[float, float]:
         _trl(exact, folder, "trl-exact"),
     ):
         side()
+        say(f"gradient norm in float32 {side.norm:.6g}")
         norms.append(side.norm)
         side.close()
     if not abs(norms[0] - norms[1]) <= ALLOWED * norms[1]:
