@@ -102,12 +102,12 @@ def alternate(
     """
     found: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(pairs + 1):
-        say(f"turn {turn} of {pairs}: {', '.join(sides)}" if turn else "warming up")
         between()
-        for name in list(sides) if turn % 2 else list(sides)[::-1]:
-            taken = sides[name]()
-            if turn:
-                found[name].append(taken)
+        taken = {name: sides[name]() for name in (list(sides) if turn % 2 else list(sides)[::-1])}
+        for name in sides if turn else ():
+            found[name].append(taken[name])
+        seconds_each = ", ".join(f"{name} {one:.3g} s" for name, one in taken.items())
+        say(f"{f'turn {turn} of {pairs}' if turn else 'warm-up'}: {seconds_each}")
     return found
 
 
