@@ -22,11 +22,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from benchmarks.measure import facts, on_one_core, parser, ratio, report
 from benchmarks.sides import PEER, ROOT, peer_version
-from learner.model import TORCH_DTYPE
 
 STEP = re.compile(r"\bstep +(\d+)")
 
@@ -55,8 +55,6 @@ def main() -> None:
         for name, taken in found.items()
     ]
     title = f"{options.model} {options.dtype}, {options.groups} x G {options.samples}, {options.new_tokens} new tokens"
-    import torch
-
     on_one_core(torch.device("cpu"))
     about = {
         "steps counted in a run": options.steps - 1,
@@ -141,13 +139,12 @@ def _numbered(command: Sequence[str], turn: int) -> list[str]:
 
 
 def _options() -> Any:
-    made = parser(__doc__ or "")
+    made = parser(__doc__ or "", "dtype")
     made.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="a folder with weights and a tokenizer")
     made.add_argument("--samples", type=int, default=8, help="G (default 8)")
     made.add_argument("--groups", type=int, default=4)
     made.add_argument("--new-tokens", type=int, default=32)
     made.add_argument("--steps", type=int, default=6, help="updates of a run, the first of which is not counted")
-    made.add_argument("--dtype", choices=sorted(TORCH_DTYPE), default="bfloat16")
     made.set_defaults(pairs=3)
     return made.parse_args()
 

@@ -102,7 +102,7 @@ def main() -> None:
         as_a_rank(device)
     on_one_core(device)
     if options.peak_of:
-        print(peak_bytes(getattr(Case(options, options.memory_targets, options.dtype), options.peak_of), device))
+        print(_peak(options.peak_of, options))
         return
     exact, near = _gate(options, "float32"), _gate(options, options.dtype)
     case = Case(options, options.targets, options.dtype)
@@ -165,7 +165,7 @@ def _timed(way: Callable[[], None], case: Case, device: torch.device) -> float:
 def _peak(way: str, options: Any) -> int:
     """On a CPU measured by this very file in a fresh process, which gives freed memory back at once."""
     device = torch.device(options.device)
-    if device.type == "cuda":
+    if options.peak_of or device.type == "cuda":
         return peak_bytes(getattr(Case(options, options.memory_targets, options.dtype), way), device)
     command = [sys.executable, "-m", "benchmarks.head", *sys.argv[1:], "--peak-of", way]
     environment = giving_back()
@@ -176,17 +176,12 @@ def _peak(way: str, options: Any) -> int:
 
 
 def _options() -> Any:
-    made = parser(__doc__ or "")
+    made = parser(__doc__ or "", "dtype", "device", "chunk")
     made.add_argument("--targets", type=int, default=450, help="a group of HH-RLHF's shape (default 450)")
     made.add_argument("--memory-targets", type=int, default=16_128, help="9 answers of 1,792 tokens (default 16128)")
     made.add_argument("--hidden", type=int, default=576)
     made.add_argument("--vocabulary", type=int, default=49_152)
-    made.add_argument("--chunk", type=int, default=1024, help="learner.head_chunk")
-    made.add_argument("--dtype", choices=sorted(ALLOWED), default="bfloat16")
-    made.add_argument("--device", default="cpu")
-    made.add_argument(
-        "--peak-of", choices=("ours", "plain", "liger", "cce"), help="only print this side's peak in bytes"
-    )
+    made.add_argument("--peak-of", choices=("ours", "plain"), help="only print this side's peak in bytes")
     return made.parse_args()
 
 

@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def _our_ways(ours: Packed, device: torch.device) -> dict[str, Way]:
-    more = {"flex": ours.flex} if device.type == "cuda" else {}
+    more = {"flex": partial(ours.shared, kernel="flex")} if device.type == "cuda" else {}
     return {"packed": ours.packed, "shared": ours.shared, **more}
 
 
@@ -133,14 +133,10 @@ def _timed(step: Callable[[], None], sides: tuple[Plain, Packed], device: torch.
 
 
 def _options() -> Any:
-    made = parser(__doc__ or "")
+    made = parser(__doc__ or "", "dtype", "device", "budget", "chunk")
     made.add_argument("--model", choices=sorted(MODELS), default="smollm2-135m")
     made.add_argument("--shape", choices=sorted(SHAPES), default="hh")
     made.add_argument("--groups", type=int, default=1)
-    made.add_argument("--dtype", choices=sorted(ALLOWED), default="bfloat16")
-    made.add_argument("--device", default="cpu")
-    made.add_argument("--budget", type=int, default=8192, help="learner.tokens_per_micro_batch")
-    made.add_argument("--chunk", type=int, default=1024, help="learner.head_chunk")
     return made.parse_args()
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
+from configs.schema import AttentionKernel
+from learner.model import TORCH_DTYPE
 from learner.worker import KEEP_FREED_MEMORY
 
 GEMM = (1024, 576, 1536)
@@ -36,6 +38,14 @@ DRAWS = 2000
 LEVEL = 0.95
 BEGUN = time.monotonic()
 PACKAGES = ("torch", "transformers", "deepspeed")
+SHARED: dict[str, dict[str, Any]] = {
+    "dtype": {"choices": sorted(TORCH_DTYPE), "default": "bfloat16"},
+    "device": {"default": "cpu"},
+    "attention": {"choices": get_args(AttentionKernel), "default": "auto", "help": "learner.attention"},
+    "budget": {"type": int, "default": 8192, "help": "learner.tokens_per_micro_batch"},
+    "chunk": {"type": int, "default": 1024, "help": "learner.head_chunk"},
+}
+"""Options that several benchmarks have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +116,8 @@ def alternate(
         taken = {name: sides[name]() for name in (list(sides) if turn % 2 else list(sides)[::-1])}
         for name in sides if turn else ():
             found[name].append(taken[name])
-        seconds_each = ", ".join(f"{name} {one:.3g} s" for name, one in taken.items())
-        say(f"{f'turn {turn} of {pairs}' if turn else 'warm-up'}: {seconds_each}")
+        each = ", ".join(f"{name} {one:.3g} s" for name, one in taken.items())
+        say(f"turn {turn} of {pairs}: {each}" if turn else f"warm-up: {each}")
     return found
 
 
@@ -238,9 +248,11 @@ def _cell(value: Any) -> str:
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """With the options that every benchmark has."""
+def parser(description: str, *shared: str) -> argparse.ArgumentParser:
+    """With the options that every benchmark has, and those of `SHARED` that are named."""
     made = argparse.ArgumentParser(description=description.splitlines()[0])
     made.add_argument("--pairs", type=int, default=7, help="turns that are counted (default 7)")
     made.add_argument("--json", type=Path, help="write the result here too")
+    for name in shared:
+        made.add_argument(f"--{name}", **SHARED[name])
     return made

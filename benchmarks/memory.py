@@ -93,11 +93,8 @@ def _cell(shape: Shape, way: str) -> int:
 
 
 def _options() -> Any:
-    made = parser(__doc__ or "")
+    made = parser(__doc__ or "", "dtype", "device", "chunk")
     made.add_argument("--model", choices=sorted(MODELS), default="smollm2-135m")
-    made.add_argument("--dtype", choices=sorted(TORCH_DTYPE), default="bfloat16")
-    made.add_argument("--device", default="cpu")
-    made.add_argument("--chunk", type=int, default=1024, help="learner.head_chunk")
     made.add_argument("--most-padded", type=int, default=4096, help="positions of a padded batch (default 4096)")
     made.add_argument("--long", type=int, nargs="+", metavar="TOKENS", help="measure single sequences of these lengths")
     made.add_argument("--cell", help="WAY,P,T,G: only print the peak of this one in bytes")

@@ -76,14 +76,9 @@ class Packed:
     def packed(self, rows: Sequence[Row], prompts: Prompts) -> None:
         self._run(one_prompt_a_row(rows, prompts, self._budget))
 
-    def shared(self, rows: Sequence[Row], prompts: Prompts) -> None:
+    def shared(self, rows: Sequence[Row], prompts: Prompts, kernel: AttentionKernel = "auto") -> None:
         [batches] = plan(rows, prompts, ranks=1, token_budget=self._budget)
-        self._run(batches)
-
-    def flex(self, rows: Sequence[Row], prompts: Prompts) -> None:
-        """Shared prompts with learner.attention: flex."""
-        [batches] = plan(rows, prompts, ranks=1, token_budget=self._budget)
-        self._run(batches, "flex")
+        self._run(batches, kernel)
 
     def _run(self, batches: Sequence[MicroBatch], kernel: AttentionKernel = "auto") -> None:
         for batch in batches:

@@ -76,7 +76,20 @@ class Side:
         self._process.wait(60)
 
 
-def plain_groups(scored: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
+def work_of_a_side(options: Any, model: Path, scored: Sequence[ScoredGroup]) -> dict[str, Any]:
+    """What grao_side.py and trl_side.py read, from the options of the benchmark."""
+    return {
+        "model": str(model.resolve()),
+        "device": options.device,
+        "dtype": options.dtype,
+        "budget": options.budget,
+        "head_chunk": options.chunk,
+        "attention": options.attention,
+        "groups": _plain_groups(scored),
+    }
+
+
+def _plain_groups(scored: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
     """As JSON can hold them."""
     return [
         {

@@ -22,7 +22,7 @@ from transformers import AutoConfig
 
 from benchmarks.measure import Calibrator, alternate, facts, on_one_core, parser, ratio, report, say
 from benchmarks.shapes import SHAPES, groups, rows_of, tokens, work_of
-from benchmarks.sides import GRAO, PEER, Side, peer_version, plain_groups
+from benchmarks.sides import GRAO, PEER, Side, peer_version, work_of_a_side
 from learner.model import TORCH_DTYPE
 
 ALLOWED = 1e-4
@@ -45,11 +45,7 @@ def main() -> None:
     on_one_core(device)
     config = AutoConfig.from_pretrained(options.model)
     scored = groups(shape, options.groups, config.vocab_size)
-    work = {
-        "model": str(Path(options.model).resolve()), "device": options.device, "dtype": options.dtype,
-        "budget": options.budget, "head_chunk": options.chunk, "attention": options.attention,
-        "trl_groups": options.trl_groups, "groups": plain_groups(scored),
-    }  # fmt: skip
+    work = {**work_of_a_side(options, Path(options.model), scored), "trl_groups": options.trl_groups}
     with tempfile.TemporaryDirectory() as place:
         norms = _gate(work, Path(place))
         calibrator = Calibrator(device, TORCH_DTYPE[options.dtype])
@@ -106,18 +102,13 @@ def _trl(work: dict[str, Any], folder: Path, name: str, *flags: str, as_a_rank: 
 
 
 def _options() -> Any:
-    made = parser(__doc__ or "")
+    made = parser(__doc__ or "", "dtype", "device", "attention", "budget", "chunk")
     made.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="a folder with weights and a tokenizer")
     made.add_argument("--shape", choices=sorted(SHAPES), default="hh")
     made.add_argument("--groups", type=int, default=2)
     made.add_argument("--trl", nargs="+", choices=sorted(TRL), default=["plain", "old-pass", "own-memory"],
                       help="fewer where memory is short; liger on a GPU only")  # fmt: skip
-    made.add_argument("--dtype", choices=sorted(TORCH_DTYPE), default="bfloat16")
-    made.add_argument("--device", default="cpu")
     made.add_argument("--trl-groups", type=int, default=1, help="groups in one of TRL's micro-batches (default 1)")
-    made.add_argument("--attention", choices=["auto", "blocks", "flex"], default="auto", help="learner.attention")
-    made.add_argument("--chunk", type=int, default=1024, help="learner.head_chunk")
-    made.add_argument("--budget", type=int, default=8192, help="learner.tokens_per_micro_batch")
     return made.parse_args()
 
 

@@ -17,6 +17,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from transformers import AutoConfig
 from benchmarks.measure import Calibrator, alternate, facts, gate, on_one_core, parser, ratio, report, seconds
 from benchmarks.paths import Packed
 from benchmarks.shapes import MODELS, SHAPES, groups, rows_of, tokens, work_of, write_model
-from benchmarks.sides import GRAO, Side, plain_groups
+from benchmarks.sides import GRAO, Side, work_of_a_side
 from learner.model import TORCH_DTYPE
 from rollout.ports import free_port
 
@@ -77,17 +78,13 @@ def main() -> None:
     calibrator = Calibrator(device, TORCH_DTYPE[options.dtype])
     table: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
-        model = Path(options.model).resolve()
+        model = Path(options.model)
         if options.model in MODELS:
             model = write_model(options.model, Path(place) / "model", TORCH_DTYPE[options.dtype], device)
         config = AutoConfig.from_pretrained(model)
         scored = groups(shape, options.groups, config.vocab_size)
         rows, prompts = rows_of(scored)
-        work = {
-            "model": str(model), "device": options.device, "dtype": options.dtype,
-            "budget": options.budget, "head_chunk": options.chunk,
-            "attention": options.attention, "objective": GRAO, "groups": plain_groups(scored),
-        }  # fmt: skip
+        work = {**work_of_a_side(options, model, scored), "objective": GRAO}
         for world in options.ranks:
             table += _compare(world, options, work, rows, prompts, Path(place), calibrator)
     about = {**tokens(work_of(rows, prompts, config), calibrator.result()), **facts(device)}
@@ -103,8 +100,9 @@ def _compare(
     sides = {title: learner.own if world == 1 else learner.wall for title, learner in learners.items()}
     bare = Packed(Path(work["model"]), options.dtype, device, options.budget, options.chunk) if world == 1 else None
     if bare is not None:
-        sides["bare model, no optimizer"] = partial(_bare, bare, rows, prompts, device)
-        bare.shared(rows, prompts)
+        step = partial(bare.shared, rows, prompts, options.attention)
+        sides["bare model, no optimizer"] = partial(_bare, bare, step, device)
+        step()
         norm = sum(float(one.double().square().sum()) for one in bare.gradients().values()) ** 0.5
         for title, learner in learners.items():
             learner.own()
@@ -124,14 +122,14 @@ def _compare(
     ]
 
 
-def _bare(bare: Packed, rows: Any, prompts: Any, device: torch.device) -> float:
-    taken = seconds(lambda: bare.shared(rows, prompts), device)
+def _bare(bare: Packed, step: Callable[[], None], device: torch.device) -> float:
+    taken = seconds(step, device)
     bare.model.zero_grad()
     return taken
 
 
 def _options() -> Any:
-    made = parser(__doc__ or "")
+    made = parser(__doc__ or "", "dtype", "device", "attention", "budget", "chunk")
     made.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="a folder, or a shape by name")
     made.add_argument("--shape", choices=sorted(SHAPES), default="hh")
     made.add_argument("--groups", type=int, default=4)
@@ -139,11 +137,6 @@ def _options() -> Any:
     made.add_argument("--beside", nargs="+", choices=("modules", "defaults", "offload"),
                       default=("modules", "defaults"),
                       help="what stands beside our settings; fewer where memory is short")  # fmt: skip
-    made.add_argument("--dtype", choices=sorted(ALLOWED), default="bfloat16")
-    made.add_argument("--device", default="cpu")
-    made.add_argument("--attention", choices=["auto", "blocks", "flex"], default="auto", help="learner.attention")
-    made.add_argument("--chunk", type=int, default=1024, help="learner.head_chunk")
-    made.add_argument("--budget", type=int, default=8192, help="learner.tokens_per_micro_batch")
     return made.parse_args()
 
 

@@ -30,12 +30,23 @@ def test_the_learners_four_ways(tmp_path: Path) -> None:
 
 def test_zero3_on_one_rank(tmp_path: Path) -> None:
     given = ("--model", "tiny", "--shape", "tiny", "--groups", "2", "--ranks", "1", "--pairs", "2")
-    made = bench("zero3", tmp_path / "z.json", *given, "--dtype", "float32")
+    beside = ("--beside", "modules", "defaults", "offload", "--dtype", "float32", "--attention", "blocks")
+    made = bench("zero3", tmp_path / "z.json", *given, *beside)
     assert [row["way"] for row in made["rows"]] == [
         "ZeRO-3, our settings", "the same, each module by itself", "ZeRO-3, DeepSpeed's defaults",
-        "bare model, no optimizer",
+        "our settings, optimizer in host memory", "bare model, no optimizer",
     ]  # fmt: skip
-    assert all(row["seconds"] > 0 for row in made["rows"])
+    assert all(row["seconds"] > 0 and row["clock"] == "CPU" for row in made["rows"])
+
+
+def test_the_head_beside_its_products(tmp_path: Path) -> None:
+    given = ("--targets", "64", "--memory-targets", "4096", "--hidden", "32", "--vocabulary", "2048", "--chunk", "256")
+    made = bench("head", tmp_path / "h.json", *given, "--pairs", "2")
+    assert [row["way"] for row in made["rows"]] == ["products", "ours", "plain"]
+    assert 0 < made["about"]["gradients float32"] < 1e-5
+    products, ours, plain = (row["peak MiB"] for row in made["rows"])
+    assert products is None
+    assert 0 < 4 * ours < plain
 
 
 def test_the_memory_of_a_single_sequence(tmp_path: Path) -> None:

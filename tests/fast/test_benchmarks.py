@@ -11,15 +11,20 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.grao_side import learner_of, without_ours
 from benchmarks.head import Case
 from benchmarks.measure import Ratio, alternate, gate, ratio, relative, report
 from benchmarks.paths import one_prompt_a_row
 from benchmarks.shapes import MODELS, SHAPES, Shape, groups, model_config, parameters_of, rows_of, work_of
-from benchmarks.sides import Side
+from benchmarks.sides import GRAO, Side
 from benchmarks.swings import moves
+from learner import engine, zero
+from learner.zero_settings import base_settings, zero_settings
 
 
-def test_sides_take_turns_forwards_and_backwards_and_the_first_is_not_counted() -> None:
+def test_sides_take_turns_forwards_and_backwards_and_the_first_is_not_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     order: list[str] = []
 
     def side(name: str) -> float:
@@ -29,6 +34,13 @@ def test_sides_take_turns_forwards_and_backwards_and_the_first_is_not_counted() 
     found = alternate({"a": lambda: side("a"), "b": lambda: side("b")}, 3, lambda: order.append("|"))
     assert "".join(order) == "|ba|ab|ba|ab"
     assert found == {"a": [5.0, 9.0, 11.0], "b": [6.0, 8.0, 12.0]}
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split("] ")[1] for line in said] == [
+        "warm-up: b 2 s, a 3 s",
+        "turn 1 of 3: a 5 s, b 6 s",
+        "turn 2 of 3: b 8 s, a 9 s",
+        "turn 3 of 3: a 11 s, b 12 s",
+    ]
 
 
 def test_a_ratio_is_the_median_of_pairs_with_an_interval_around_it() -> None:
@@ -115,6 +127,26 @@ def test_a_side_that_dies_is_one_line_with_its_cause(tmp_path: Path) -> None:
     time.sleep(0.5)  # for the pipe to break as well
     with pytest.raises(SystemExit, match=r"^TRL ended with status 1 .*: \['no room left'\]$"):
         dying()
+
+
+def test_a_side_has_the_settings_that_its_name_says() -> None:
+    work = {"objective": GRAO, "dtype": "float32", "budget": 64, "head_chunk": 8, "attention": "blocks"}
+    learner = learner_of({**work, "zero": "ours"})
+    assert (learner.tokens_per_micro_batch, learner.head_chunk, learner.attention) == (64, 8, "blocks")
+    assert not learner.offload_optimizer
+    assert learner_of({**work, "zero": "offload"}).offload_optimizer
+    ours = zero_settings(10**6, 1, learner, True, False)
+    with without_ours("defaults"):
+        found = zero.zero_settings(10**6, 1, learner, True, False)
+        engine._gather_at_once(torch.nn.Linear(2, 2))
+    assert found == base_settings(1, learner) != ours
+    with without_ours("offload"):
+        assert zero.zero_settings(10**6, 1, learner, True, False) == ours
+
+
+def test_a_side_that_would_be_ours_under_another_name_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="'modules': the rank started with our settings"), without_ours("modules"):
+        pass
 
 
 def test_a_report_is_a_table_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
