@@ -21,10 +21,11 @@ import torch
 from benchmarks.measure import on_one_core, seconds
 from benchmarks.shapes import scored_group
 from configs.schema import LearnerConfig, ModelConfig, RolloutConfig
-from learner import engine, zero
 from learner.types import RankReport
 from learner.worker import LearnerRank
-from learner.zero_settings import base_settings
+from learner.zero import engine
+from learner.zero import module as zero
+from learner.zero.settings import base_settings
 
 
 def main() -> None:

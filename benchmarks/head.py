@@ -35,8 +35,8 @@ from benchmarks.measure import (
     seconds,
 )
 from configs.schema import Dtype
-from learner.head import LossHead
-from learner.model import TORCH_DTYPE
+from learner.model.head import LossHead
+from learner.model.policy import TORCH_DTYPE
 
 ALLOWED: dict[Dtype, float] = {"float32": 1e-5, "bfloat16": 3e-2}
 GATE_TARGETS = 64

@@ -37,7 +37,7 @@ from benchmarks.measure import (
 from benchmarks.paths import Packed, Plain
 from benchmarks.shapes import MODELS, SHAPES, groups, model_config, rows_of, tokens, work_of, write_model
 from configs.schema import Dtype
-from learner.model import TORCH_DTYPE
+from learner.model.policy import TORCH_DTYPE
 
 ALLOWED: dict[Dtype, float] = {"float32": 3e-5, "bfloat16": 3e-2}
 """Sums of thousands in another order: at a width of 3,584 padded batches, which are all transformers' own code, differ

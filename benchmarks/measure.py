@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from configs.schema import AttentionKernel
-from learner.model import TORCH_DTYPE
+from learner.model.policy import TORCH_DTYPE
 from learner.worker import KEEP_FREED_MEMORY
 
 GEMM = (1024, 576, 1536)

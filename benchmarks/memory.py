@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 from benchmarks.measure import facts, giving_back, on_one_core, parser, peak_bytes, report, say
 from benchmarks.paths import Packed, Plain
 from benchmarks.shapes import MODELS, Shape, groups, model_config, one_row, rows_of, work_of, write_model
-from learner.model import TORCH_DTYPE
+from learner.model.policy import TORCH_DTYPE
 
 TABLE = [Shape(p, t, g) for g in (4, 8, 16) for p, t in ((128, 50), (96, 155), (512, 128))] + [Shape(256, 1792, 8)]
 MIB = 2**20

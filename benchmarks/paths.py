@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configs.schema import AttentionKernel, Dtype
-from learner.fused import fuse_layers
-from learner.model import TORCH_DTYPE, PolicyModel, build_model, to_tensors
+from learner.model.fused import fuse_layers
+from learner.model.policy import TORCH_DTYPE, PolicyModel, build_model, to_tensors
 from learner.packing import plan
 from learner.types import MicroBatch, Row
 

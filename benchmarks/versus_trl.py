@@ -23,7 +23,7 @@ from transformers import AutoConfig
 from benchmarks.measure import Calibrator, alternate, facts, on_one_core, parser, ratio, report, say
 from benchmarks.shapes import SHAPES, groups, rows_of, tokens, work_of
 from benchmarks.sides import GRAO, PEER, Side, peer_version, work_of_a_side
-from learner.model import TORCH_DTYPE
+from learner.model.policy import TORCH_DTYPE
 
 ALLOWED = 1e-4
 GRPO = {"name": "grpo", "kl": 0.0, "normalise_std": False, "clip": None}

@@ -30,7 +30,7 @@ from benchmarks.measure import Calibrator, alternate, facts, gate, on_one_core, 
 from benchmarks.paths import Packed
 from benchmarks.shapes import MODELS, SHAPES, groups, rows_of, tokens, work_of, write_model
 from benchmarks.sides import GRAO, Side, work_of_a_side
-from learner.model import TORCH_DTYPE
+from learner.model.policy import TORCH_DTYPE
 from rollout.ports import free_port
 
 ALLOWED = {"float32": 1e-5, "bfloat16": 3e-2}

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import asyncio
 
-from cluster.actors import cause_of
 from cluster.bundled import BundledModelError
-from cluster.checkpoints import CheckpointError
-from cluster.compare import ComparisonError
-from cluster.fleet import FleetError
-from cluster.learner_group import LearnerGroupError
-from cluster.metrics import MetricsError
-from cluster.outcomes import OutcomeError
-from cluster.placement import PlacementError
-from cluster.plan import PlanError
-from cluster.queue import StalenessError
-from cluster.run import RunError
-from cluster.run_folder import RunFolderError
+from cluster.compare.command import ComparisonError
+from cluster.compare.outcomes import OutcomeError
+from cluster.record.folder import RunFolderError
+from cluster.record.metrics import MetricsError
+from cluster.run.checkpoints import CheckpointError
+from cluster.run.parts import RunError
+from cluster.run.queue import StalenessError
+from cluster.workers.actors import cause_of
+from cluster.workers.fleet import FleetError
+from cluster.workers.learner_group import LearnerGroupError
+from cluster.workers.placement import PlacementError
+from cluster.workers.plan import PlanError
 from configs.load import ConfigError
 from learner.worker import LearnerError
 from reward.worker import RewardError
-from rollout.prompts import DataError
+from rollout.data.prompts import DataError
 from rollout.worker import RolloutError
 
 EXPECTED = (

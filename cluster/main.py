@@ -105,8 +105,8 @@ def _resume(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     def go() -> None:
-        from cluster.session import preflight
-        from cluster.stages import check_stages
+        from cluster.run.session import preflight
+        from cluster.run.stages import check_stages
 
         tree = read_yaml(options.config)
         if is_staged(tree):
@@ -129,7 +129,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     def go() -> None:
-        from cluster.evaluate import evaluate_models
+        from cluster.compare.evaluate import evaluate_models
 
         config = parse(without_stages(read_yaml(options.config)), options.overrides, options.config)
         models = [str(Path(path).resolve()) if Path(path).exists() else path for path in options.model]
@@ -140,8 +140,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     def go() -> None:
-        from cluster.compare import Manner, compare_methods, report
-        from cluster.trials import planned, split
+        from cluster.compare.command import Manner, compare_methods, report
+        from cluster.compare.trials import planned, split
 
         given = [*options.configs, *options.overrides]
         configs, overrides = split(given)
@@ -167,8 +167,8 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _start(tree: DictConfig, overrides: Sequence[str], source: str, resume: bool) -> None:
-    from cluster.session import run_session
-    from cluster.stages import run_stages
+    from cluster.run.session import run_session
+    from cluster.run.stages import run_stages
 
     if is_staged(tree):
         _until_interrupted(run_stages(parse_stages(tree, overrides, source), resume))

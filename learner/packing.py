@@ -2,9 +2,9 @@
 
 A group's rows share one layout, [prompt | row 0 | row 1 | ...]; each row but its last token, whose hidden state would
 predict nothing. For a model in which prompts cannot be shared, each row has its prompt to itself, and a micro-batch is
-a padded batch (learner/padded.py). Layouts go into micro-batches of at most the token budget. Every rank gets the same
-number of micro-batches, because ZeRO-3's ranks gather parameters together; the k-th ones of all ranks cost about the
-same, because they wait for each other.
+a padded batch (learner/attention/padded.py). Layouts go into micro-batches of at most the token budget. Every rank gets
+the same number of micro-batches, because ZeRO-3's ranks gather parameters together; the k-th ones of all ranks cost
+about the same, because they wait for each other.
 """
 
 from __future__ import annotations

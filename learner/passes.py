@@ -21,8 +21,8 @@ from reward.types import ScoredGroup
 if TYPE_CHECKING:
     import torch
 
-    from learner.engine import ZeroEngine
-    from learner.head import HeadOutput
+    from learner.model.head import HeadOutput
+    from learner.zero.engine import ZeroEngine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,23 +15,23 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from configs.schema import LearnerConfig, ModelConfig, RolloutConfig
 from learner.errors import LearnerError
-from learner.layout import Parts, as_parts, pack
-from learner.network import own_address
 from learner.objectives.build import build_objective, objective_at
 from learner.packing import plan
 from learner.passes import PolicyPasses, ScorePasses, Settings
 from learner.results import first_not_finite
 from learner.schedule import learning_rate
 from learner.types import CriticReport, LearnerFacts, MicroBatch, RankReport, Row, RowResult
+from learner.wire.layout import Parts, as_parts, pack
+from learner.wire.network import own_address
 from reward.types import ScoredGroup
 from rollout.ports import free_port
 from rollout.types import Parameters
 
 if TYPE_CHECKING:
-    from learner.engine import ZeroEngine
-    from learner.publisher import EngineClient, Publisher, Trainer
     from learner.results import Values
-    from learner.zero import ZeroModule
+    from learner.wire.publisher import EngineClient, Publisher, Trainer
+    from learner.zero.engine import ZeroEngine
+    from learner.zero.module import ZeroModule
 
 __all__ = ["LearnerError", "LearnerRank"]
 
@@ -76,14 +76,14 @@ class LearnerRank:
 
         Where `address` is loopback everything stays on this node, the servers for parameters too. `secret` are 32
         hexadecimal digits, new for every run.
-        Raises LearnerError or learner.attention.ModelError.
+        Raises LearnerError or learner.attention.shared.ModelError.
         """
         # Gathered parameters come and go with every micro-batch; in huge pages the kernel spends a quarter of the time
         # on them. Torch reads this once, when it is loaded.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-        from learner.engine import ZeroEngine
-        from learner.experts import checkpoint_parts
-        from learner.publisher import Publisher
+        from learner.model.experts import checkpoint_parts
+        from learner.wire.publisher import Publisher
+        from learner.zero.engine import ZeroEngine
 
         self._rank, self._world, self._secret = rank, world, secret
         self._engine = ZeroEngine(self._model, self._learner, self._device)
@@ -266,8 +266,8 @@ class LearnerRank:
 
         (address, port) is where the nccl transport meets and `world` its size: rank 0 and every rollout GPU.
         """
-        from learner.experts import apart
-        from learner.publisher import ipc_trainer, nccl_trainer, weight_source
+        from learner.model.experts import apart
+        from learner.wire.publisher import ipc_trainer, nccl_trainer, weight_source
 
         specs, _ = pack(self._engine.model.shares(), self._rollout.dtype)
         source = weight_source(
@@ -297,8 +297,8 @@ class LearnerRank:
 
     def export(self, folder: str) -> None:
         """Write the model as a Hugging Face folder into `folder`, which exists. Rank 0 writes; all take part."""
-        from learner import export
-        from learner.experts import apart, constants
+        from learner.model import export
+        from learner.model.experts import apart, constants
 
         gathered = apart(self._engine.model.gather_to_host(), self._parts)
         if self._rank == 0:

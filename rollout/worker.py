@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import ModelConfig, RolloutConfig
+from rollout.engine.staging import Staging
 from rollout.errors import EngineDead, ParametersRefused, RolloutError
-from rollout.staging import Staging
 from rollout.types import Group, Parameters, Prompt, Sampling
 
 if TYPE_CHECKING:
-    from rollout.engine import Device, Engine, Transport
+    from rollout.engine.engine import Device, Engine, Transport
 
 __all__ = ["EngineDead", "ParametersRefused", "RolloutError", "RolloutWorker"]
 
@@ -49,7 +49,7 @@ class RolloutWorker:
 
     async def start(self) -> None:
         """Start the engine with the parameters of the model folder. Raises RolloutError."""
-        from rollout.engine import Engine
+        from rollout.engine.engine import Engine
 
         self._engine = await Engine.start(
             self._model, self._rollout, self._device, self._longest_sequence, self._transport

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from configs.objectives import AnyObjective
 from configs.schema import AttentionKernel
-from learner.model import PolicyModel, build_model, to_tensors
+from learner.model.policy import PolicyModel, build_model, to_tensors
 from learner.objectives.build import build_objective
 from learner.packing import plan
 from learner.results import Values, row_results

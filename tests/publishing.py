@@ -1,4 +1,4 @@
-"""A plain publisher for the tests of the receiving side: files and servers as `rollout.staging` describes them.
+"""A plain publisher for the tests of the receiving side: files and servers as `rollout.engine.staging` describes them.
 
 Independent of the learner's publisher on purpose: whole tensors, no shards, every step written out.
 """

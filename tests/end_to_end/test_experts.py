@@ -12,12 +12,12 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
-from cluster.checkpoints import Checkpoints
-from cluster.driver import sample_and_score, seed_of
-from cluster.report import Report
-from cluster.run import open_run
-from cluster.run_folder import RunFolder
-from cluster.session import fresh_state, preflight
+from cluster.record.folder import RunFolder
+from cluster.record.report import Report
+from cluster.run.checkpoints import Checkpoints
+from cluster.run.driver import sample_and_score, seed_of
+from cluster.run.parts import open_run
+from cluster.run.session import fresh_state, preflight
 from configs.load import parse
 from learner.worker import LearnerRank
 from reward.types import ScoredGroup
@@ -194,7 +194,7 @@ def test_ranks_that_run_different_experts(tmp_path: Path) -> None:
 
 
 def biases(rank: LearnerRank) -> dict[str, torch.Tensor]:
-    from learner.experts import constants
+    from learner.model.experts import constants
 
     return constants(rank._engine.model.hf)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.checkpoints import Checkpoints
-from cluster.driver import sample_and_score, seed_of
-from cluster.metrics import step_report
-from cluster.report import Report
-from cluster.run import Run, open_run
-from cluster.run_folder import RunFolder
-from cluster.session import fresh_state, preflight
+from cluster.record.folder import RunFolder
+from cluster.record.metrics import step_report
+from cluster.record.report import Report
+from cluster.run.checkpoints import Checkpoints
+from cluster.run.driver import sample_and_score, seed_of
+from cluster.run.parts import Run, open_run
+from cluster.run.session import fresh_state, preflight
 from configs.load import parse
 from rollout.types import Sampling
 from tests.end_to_end.harness import config, write_rows

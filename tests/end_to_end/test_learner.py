@@ -14,15 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.objectives import AnyObjective, DpoObjective, GraoObjective, GrpoObjective, SftObjective
 from configs.schema import LearnerConfig, RolloutConfig
-from learner import shards
 from learner.errors import LearnerError
-from learner.layout import file_prefix
 from learner.objectives.build import build_objective
 from learner.schedule import learning_rate
 from learner.types import RankReport
+from learner.wire.layout import file_prefix
 from learner.worker import LearnerRank
+from learner.zero import shards
 from reward.types import ScoredGroup
-from rollout.staging import Staging
+from rollout.engine.staging import Staging
 from rollout.types import Parameters
 from tests.end_to_end.ranks import Ranks
 from tests.end_to_end.reference import Reference, random_group, random_step

@@ -14,7 +14,7 @@ import ray
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from cluster.actors import ScoringActors
+from cluster.workers.actors import ScoringActors
 from reward.errors import NotRetryable, RewardError
 from reward.types import ScoreRequest
 from tests import tiny

@@ -13,11 +13,11 @@ from transformers import AutoModelForSequenceClassification
 
 from configs.objectives import PpoObjective, RewardModelObjective
 from configs.schema import LearnerConfig, RolloutConfig
-from learner import shards
-from learner.engine import CRITIC
 from learner.schedule import learning_rate
 from learner.types import RankReport
 from learner.worker import LearnerRank
+from learner.zero import shards
+from learner.zero.engine import CRITIC
 from reward.types import ScoredGroup
 from tests.end_to_end.ranks import Ranks
 from tests.end_to_end.reference import random_step

@@ -16,10 +16,10 @@ import pytest
 from deepspeed.utils import z3_leaf_module
 
 from configs.schema import LearnerConfig, ModelConfig
-from learner.engine import ZeroEngine, _gather_at_once
-from learner.model import build_model
+from learner.model.policy import build_model
 from learner.types import RankReport
 from learner.worker import LearnerRank
+from learner.zero.engine import ZeroEngine, _gather_at_once
 from reward.types import ScoredGroup
 from tests.end_to_end.ranks import Ranks
 from tests.end_to_end.reference import Reference, random_step

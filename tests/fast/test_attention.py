@@ -13,11 +13,11 @@ from torch._dynamo.utils import counters
 from transformers import AutoConfig
 
 from configs.schema import AttentionKernel
-from learner import blocks, flex, tiles
-from learner.attention import ModelError, attend, refuse_later_tokens, shared_map, why_separate
-from learner.blocks import BlockMap, block_map
-from learner.flex import flex_map
-from learner.tiles import TileMap, tile_map
+from learner.attention import blocks, flex, tiles
+from learner.attention.blocks import BlockMap, block_map
+from learner.attention.flex import flex_map
+from learner.attention.shared import ModelError, attend, refuse_later_tokens, shared_map, why_separate
+from learner.attention.tiles import TileMap, tile_map
 
 DEVICE = torch.device("cpu")
 Layouts = list[tuple[int, list[int]]]

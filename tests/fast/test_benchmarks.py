@@ -18,8 +18,9 @@ from benchmarks.paths import one_prompt_a_row
 from benchmarks.shapes import MODELS, SHAPES, Shape, groups, model_config, parameters_of, rows_of, work_of
 from benchmarks.sides import GRAO, Side
 from benchmarks.swings import moves
-from learner import engine, zero
-from learner.zero_settings import base_settings, zero_settings
+from learner.zero import engine
+from learner.zero import module as zero
+from learner.zero.settings import base_settings, zero_settings
 
 
 def test_sides_take_turns_forwards_and_backwards_and_the_first_is_not_counted(

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.checkpoints import CheckpointError, Checkpoints, why_damaged
+from cluster.run.checkpoints import CheckpointError, Checkpoints, why_damaged
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -236,7 +236,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
 KILLED_WRITER = """
     import os, signal, sys
     from pathlib import Path
-    import cluster.checkpoints as module
+    import cluster.run.checkpoints as module
 
     at, real = int(sys.argv[2]), {}
     calls = 0

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.comparison import ablations, full_grao, over_curves, sensitivity, steps_to, target_of
-from cluster.comparison_report import gather, write_report
-from cluster.estimates import over_seeds, t_quantile
-from cluster.outcomes import OutcomeError, read_outcome
+from cluster.compare.comparison import ablations, full_grao, over_curves, sensitivity, steps_to, target_of
+from cluster.compare.outcomes import OutcomeError, read_outcome
+from cluster.compare.report import gather, write_report
+from cluster.record.estimates import over_seeds, t_quantile
 from configs.load import parse
 from tests.comparison_runs import tree, write_config, write_lines, write_run
 

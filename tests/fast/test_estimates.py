@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from cluster.estimates import estimate
+from cluster.record.estimates import estimate
 from reward.metrics import nag_by_prompt
 from reward.types import ScoredGroup
 from tests.reward_groups import group, prompt

@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Transpose, WeightConverter
 
 from configs.schema import Dtype, ModelConfig
-from learner.attention import ModelError
-from learner.experts import apart, blocks_of_separate_experts, checkpoint_parts, constants
-from learner.export import write_description, write_weights
-from learner.layout import Share, as_parts, pack, share_of
-from learner.model import build_model
-from learner.publisher import Publisher, remove_files
-from rollout.staging import Staging
+from learner.attention.shared import ModelError
+from learner.model.experts import apart, blocks_of_separate_experts, checkpoint_parts, constants
+from learner.model.export import write_description, write_weights
+from learner.model.policy import build_model
+from learner.wire.layout import Share, as_parts, pack, share_of
+from learner.wire.publisher import Publisher, remove_files
+from rollout.engine.staging import Staging
 from tests import tiny
 from tests.fast.test_loss_reference import MLA, MOE
 from tests.learner_cases import write_model

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from cluster.fleet import Fleet, FleetError
+from cluster.workers.fleet import Fleet, FleetError
 
 
 class Death(Exception):

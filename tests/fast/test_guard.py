@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from rollout.abandoned import YOUNG_S
-from rollout.guard import mark_host, remove_abandoned, remove_folder
+from rollout.engine.guard import mark_host, remove_abandoned, remove_folder
 
 KILLED = """
 import os, signal, sys
-from rollout.guard import mark_host
+from rollout.engine.guard import mark_host
 print(mark_host(), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from learner import head as head_module
-from learner.head import HeadOutput, LossHead
+from learner.model import head as head_module
+from learner.model.head import HeadOutput, LossHead
 
 HIDDEN, VOCABULARY = 12, 37
 

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from cluster.estimates import estimate
-from cluster.evaluate import Answered, summary
-from cluster.heldout import by_prompt, estimates, evaluation_record, of_objective, start_rewards
-from cluster.report import Report
+from cluster.compare.evaluate import Answered, summary
+from cluster.record.estimates import estimate
+from cluster.record.heldout import by_prompt, estimates, evaluation_record, of_objective, start_rewards
+from cluster.record.report import Report
 from configs.objectives import DpoObjective, SftObjective
 from learner.objectives.build import build_objective
 from reward.types import Breakdown, ScoredGroup

@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cluster": (
         "configs",
         "rollout.types",
-        "rollout.prompts",
+        "rollout.data.prompts",
         "rollout.worker",
         "reward.types",
         "reward.model",
@@ -35,14 +35,34 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "learner.objectives",
     ),
 }
+# Inner rooms and files of a room, from its face down: each imports only what stands below it.
+FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "rollout": (("worker",), ("data", "engine"), ("types", "errors", "seeds", "ports", "abandoned")),
+    "learner": (
+        ("worker",),
+        ("passes",),
+        ("zero", "results"),
+        ("model",),
+        ("attention", "objectives", "packing", "wire", "schedule"),
+        ("types", "errors"),
+    ),
+    "cluster": (("main",), ("errors",), ("compare",), ("run",), ("record", "workers"), ("bundled",)),
+}
 ONLY_IN = {
-    "vllm": {"rollout/engine.py", "rollout/receiver.py", "learner/publisher.py"},
-    "deepspeed": {"learner/engine.py", "learner/zero.py", "learner/publisher.py"},
-    "ray": {"cluster/actors.py", "cluster/placement.py"},
-    "matplotlib": {"cluster/figures.py"},
+    "vllm": {"rollout/engine/engine.py", "rollout/engine/receiver.py", "learner/wire/publisher.py"},
+    "deepspeed": {"learner/zero/engine.py", "learner/zero/module.py", "learner/wire/publisher.py"},
+    "ray": {"cluster/workers/actors.py", "cluster/workers/placement.py"},
+    "matplotlib": {"cluster/compare/figures.py"},
 }
 DEVICE_WORDS = re.compile(r"\b(cuda|cpu|nccl|gloo)\b")
-MAY_NAME_DEVICES = ("engine", "receiver", "attention", "publisher", "placement")
+MAY_NAME_DEVICES = {
+    "rollout/engine/engine.py",
+    "rollout/engine/receiver.py",
+    "learner/attention/shared.py",
+    "learner/wire/publisher.py",
+    "learner/zero/engine.py",
+    "cluster/workers/placement.py",
+}
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -71,6 +91,17 @@ def test_rooms_import_only_what_they_may(file: Path) -> None:
                 assert name_of(file) in places, f"{name_of(file)} imports {engine}"
 
 
+@pytest.mark.parametrize("room", FLOORS)
+def test_no_arrow_between_inner_rooms_points_upwards(room: str) -> None:
+    floor = {name: number for number, names in enumerate(FLOORS[room]) for name in names}
+    for file in (ROOT / room).rglob("*.py"):
+        here = file.relative_to(ROOT / room).with_suffix("").parts[0]
+        for module in imports(file) if here != "__init__" else ():
+            parts = module.split(".")
+            if parts[0] == room and parts[1] != here:
+                assert floor[here] < floor[parts[1]], f"{name_of(file)} imports {module}"
+
+
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_files_and_functions_fit_in_a_head(file: Path) -> None:
     text = file.read_text()
@@ -93,7 +124,7 @@ def test_code_has_none_of_the_habits_that_hide_things(file: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_devices_are_named_only_where_they_differ(file: Path) -> None:
-    if file.stem in MAY_NAME_DEVICES or name_of(file).startswith("configs/"):
+    if name_of(file) in MAY_NAME_DEVICES or name_of(file).startswith("configs/"):
         return
     names = [
         word
@@ -103,13 +134,21 @@ def test_devices_are_named_only_where_they_differ(file: Path) -> None:
         if DEVICE_WORDS.fullmatch(word)
     ]
     # "cpu" is also the word for host memory: where optimizer states go, and every copy of a parameter
-    allowed = {"cpu"} if file.stem in ("plan", "worker", "zero", "zero_settings") else set()
+    host = {"cluster/workers/plan.py", "learner/worker.py", "learner/zero/module.py", "learner/zero/settings.py"}
+    allowed = {"cpu"} if name_of(file) in host else set()
     assert set(names) <= allowed, f"{name_of(file)} names {set(names)}"
 
 
 @pytest.mark.parametrize(
     "module",
-    ["configs.load", "rollout.types", "reward.types", "learner.types", "learner.objectives.build", "cluster.plan"],
+    [
+        "configs.load",
+        "rollout.types",
+        "reward.types",
+        "learner.types",
+        "learner.objectives.build",
+        "cluster.workers.plan",
+    ],
 )
 def test_configs_and_records_load_nothing_heavy(module: str) -> None:
     check = (
@@ -122,7 +161,7 @@ def test_configs_and_records_load_nothing_heavy(module: str) -> None:
 
 def test_the_driver_loads_no_engine() -> None:
     check = (
-        "import sys, cluster.session; heavy = {'vllm', 'deepspeed'} & set(sys.modules);"
+        "import sys, cluster.run.session; heavy = {'vllm', 'deepspeed'} & set(sys.modules);"
         " sys.exit(f'loaded {heavy}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)

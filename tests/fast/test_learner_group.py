@@ -15,8 +15,8 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from cluster.actors import is_death
-from cluster.learner_group import LearnerGroup, LearnerGroupError
+from cluster.workers.actors import is_death
+from cluster.workers.learner_group import LearnerGroup, LearnerGroupError
 from learner.worker import LearnerError
 from rollout.worker import EngineDead
 

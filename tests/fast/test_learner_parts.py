@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from configs.schema import LearnerConfig
-from learner import shards
 from learner.errors import LearnerError
-from learner.export import files_of, write_weights
-from learner.layout import pack, share_of
-from learner.network import interface_of, own_address
+from learner.model.export import files_of, write_weights
 from learner.results import Values, first_not_finite, row_results
 from learner.schedule import learning_rate
 from learner.types import MicroBatch
+from learner.wire.layout import pack, share_of
+from learner.wire.network import interface_of, own_address
+from learner.zero import shards
 
 HOST = torch.device("cpu")
 

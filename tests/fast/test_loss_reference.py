@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from configs.objectives import GraoObjective
 from configs.schema import AttentionKernel
-from learner.model import build_model
+from learner.model.policy import build_model
 from reward.types import ScoredGroup
 from tests.learner_cases import group, random_group, write_model
 from tests.loss_cases import DEVICE, Case, learner, reference

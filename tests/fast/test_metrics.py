@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cluster.heldout import evaluation_record
-from cluster.metrics import MetricsError, MetricsWriter, cut_after, sample_record, step_report
-from cluster.run_folder import RunFolder
+from cluster.record.folder import RunFolder
+from cluster.record.heldout import evaluation_record
+from cluster.record.metrics import MetricsError, MetricsWriter, cut_after, sample_record, step_report
 from configs.objectives import (
     AnyObjective,
     DpoObjective,
@@ -485,6 +485,7 @@ def test_every_metric_is_documented_and_every_documented_one_exists() -> None:
 
 
 def test_the_files_of_a_run_are_written_without_torch_or_ray() -> None:
-    code = "import sys, cluster.metrics; print([m for m in ('torch', 'ray', 'vllm', 'tensorflow') if m in sys.modules])"
+    heavy = ("torch", "ray", "vllm", "tensorflow")
+    code = f"import sys, cluster.record.metrics; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

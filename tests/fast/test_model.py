@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
-from learner.attention import ModelError
-from learner.fused import fuse_layers
-from learner.model import PolicyModel, build_model, to_tensors
+from learner.attention.shared import ModelError
+from learner.model.fused import fuse_layers
+from learner.model.policy import PolicyModel, build_model, to_tensors
 from learner.packing import plan
 from learner.types import MicroBatch, Row
 from tests.learner_cases import write_model
@@ -168,7 +168,7 @@ def test_a_model_that_looks_ahead_is_refused(tmp_path: Path) -> None:
 def test_layers_that_cannot_be_fused_stay_plain(
     family: str, settings: dict[str, Any], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("learner.fused.find_spec", lambda _: None)
+    monkeypatch.setattr("learner.model.fused.find_spec", lambda _: None)
     hf = build(write_model(tmp_path, family, **settings)).hf
     assert not fuse_layers(hf, "plain")
     assert not fuse_layers(hf, "auto")
@@ -189,7 +189,7 @@ def test_fused_layers_leave_other_models_alone(tmp_path: Path, monkeypatch: pyte
         modeling_llama.apply_rotary_pos_emb = lambda *_, **__: pytest.fail("Liger's kernel on a CPU")
 
     monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", exchange)
-    monkeypatch.setattr("learner.fused.find_spec", lambda _: True)
+    monkeypatch.setattr("learner.model.fused.find_spec", lambda _: True)
     policy = build(write_model(tmp_path, "llama"))
     before = policy(to_tensors(batch(), DEVICE), 1.0, 1.0, 16)
     assert fuse_layers(policy.hf, "liger")

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from learner.attention.padded import padded_map
 from learner.packing import PackingError, plan
-from learner.padded import padded_map
 from learner.types import MicroBatch, Row
 
 Plan = tuple[tuple[MicroBatch, ...], ...]

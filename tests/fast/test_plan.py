@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cluster.plan import PlanError, check, plan, plan_without_learner
+from cluster.workers.plan import PlanError, check, plan, plan_without_learner
 from configs.load import parse
 from tests.fast.test_configs import SMALL
 

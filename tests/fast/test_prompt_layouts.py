@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout.layouts import detect_layout, parse_row
-from rollout.rows import RowError
+from rollout.data.layouts import detect_layout, parse_row
+from rollout.data.rows import RowError
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}

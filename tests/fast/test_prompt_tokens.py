@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from configs.schema import DataConfig
-from rollout.prompts import DataError, PromptSet, load_prompts
+from rollout.data.prompts import DataError, PromptSet, load_prompts
 from tests import tiny
 
 TURNS = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"

@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from configs.schema import DataConfig
-from rollout.prompts import BadRow, DataError, PromptOrder, PromptSet, load_prompts
+from rollout.data.prompts import BadRow, DataError, PromptOrder, PromptSet, load_prompts
 from tests import tiny
 
 TOKENIZER = tiny.tokenizer()

@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from configs.schema import Dtype
-from learner.layout import Share, checksum, file_name, file_prefix, pack, ranges, share_of
-from learner.publisher import Publisher, remove_files
+from learner.wire.layout import Share, checksum, file_name, file_prefix, pack, ranges, share_of
+from learner.wire.publisher import Publisher, remove_files
+from rollout.engine.staging import Staging
 from rollout.errors import ParametersRefused
-from rollout.staging import Staging
 from rollout.types import Parameters, trailer
 
 SHAPES = {"embed": (7, 5), "norm": (5,), "scalar": (1,), "up": (16, 8), "down": (3, 11, 3)}
@@ -220,8 +220,8 @@ def test_secret_of_another_length_is_refused() -> None:
 
 
 def test_files_of_killed_runs_are_removed_and_those_of_living_ones_stay() -> None:
-    from learner.layout import PREFIX
-    from learner.publisher import FOLDER, remove_abandoned
+    from learner.wire.layout import PREFIX
+    from learner.wire.publisher import FOLDER, remove_abandoned
     from rollout.abandoned import YOUNG_S
 
     old, held, young = (Path(FOLDER) / f"{PREFIX}test{os.getpid()}-{name}-0" for name in ("old", "held", "young"))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.queue import Position, StalenessError, TicketQueue, check_staleness
+from cluster.run.queue import Position, StalenessError, TicketQueue, check_staleness
 from reward.types import ScoredGroup
 from rollout.types import Group, Prompt, Sample
 from tests.fast import virtual_time

@@ -18,19 +18,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.checkpoints import CheckpointError
-from cluster.files import write_whole
-from cluster.metrics import Cut, cut_after
-from cluster.queue import Position
-from cluster.run_folder import RunFolder, RunFolderError
-from cluster.run_state import FIXED, RunState, check_data, compare
+from cluster.record.files import write_whole
+from cluster.record.folder import RunFolder, RunFolderError
+from cluster.record.metrics import Cut, cut_after
+from cluster.run.checkpoints import CheckpointError
+from cluster.run.queue import Position
+from cluster.run.state import FIXED, RunState, check_data, compare
 from configs.load import as_tree, field_names, parse
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 HOLDER = """
     import sys
-    from cluster.run_folder import RunFolder
+    from cluster.record.folder import RunFolder
 
     folder = RunFolder(sys.argv[1])
     folder.lock()

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from learner.attention.sequence import SequenceGroup, check_heads
 from learner.errors import LearnerError
-from learner.model import to_tensors
+from learner.model.policy import to_tensors
 from learner.packing import plan
-from learner.sequence import SequenceGroup, check_heads
 from learner.types import Row
 
 

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from cluster.run_folder import RunFolder, RunFolderError
-from cluster.stages import Progress, action, progress, set_aside
+from cluster.record.folder import RunFolder, RunFolderError
+from cluster.run.stages import Progress, action, progress, set_aside
 from configs.load import ConfigError, parse
 from configs.objectives import GraoObjective, GrpoObjective, SftObjective
 from configs.stages import Staged, is_staged, parse_stages, without_stages

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from rollout.engine.staging import Staging, checksum
 from rollout.errors import ParametersRefused
 from rollout.seeds import sample_seed
-from rollout.staging import Staging, checksum
 from rollout.types import Parameters, trailer
 from tests.publishing import SECRET, Publisher, bytes_of, naive_checksum, with_wrong_checksum
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from cluster.compare.trials import planned, split
 from cluster.main import main
-from cluster.trials import planned, split
 from configs.load import ConfigError, read_yaml
 from configs.stages import as_stages
 from tests.comparison_runs import tree, write_config, write_run

@@ -14,14 +14,14 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from configs.objectives import PpoObjective, RewardModelObjective
-from learner.attention import ModelError
-from learner.model import to_tensors
+from learner.attention.shared import ModelError
+from learner.model.policy import to_tensors
+from learner.model.value import ValueModel, build_value_model
 from learner.objectives.interface import Floats
 from learner.objectives.ppo import Estimates, Ppo
 from learner.objectives.reward_model import RewardModel
 from learner.packing import plan
 from learner.results import score_results
-from learner.value import ValueModel, build_value_model
 from reward.types import ScoredGroup
 from tests.learner_cases import VOCABULARY, random_group, write_model
 from tests.loss_cases import DEVICE, Case, Gradients, assert_same, gradients_of, logprobs_of

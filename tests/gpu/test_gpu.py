@@ -16,10 +16,10 @@ from torch import nn
 
 from configs.objectives import GraoObjective, GrpoObjective
 from configs.schema import AttentionKernel
-from learner.attention import attend, shared_map
-from learner.fused import FAMILIES as FUSED
-from learner.fused import fuse_layers
-from learner.head import LossHead
+from learner.attention.shared import attend, shared_map
+from learner.model.fused import FAMILIES as FUSED
+from learner.model.fused import fuse_layers
+from learner.model.head import LossHead
 from tests.end_to_end.ranks import Ranks
 from tests.end_to_end.reference import Reference, random_step
 from tests.end_to_end.test_learner import LEARNER, ROLLOUT, Run, assert_first_step, check_log_ratios, relative

@@ -1,0 +1,1 @@
+"""One run: its loop, queue, state and checkpoints."""

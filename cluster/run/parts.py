@@ -1,0 +1,249 @@
+"""Everything that one run holds, opened in order and closed in reverse whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from cluster.record.folder import RunFolder
+from cluster.record.heldout import RewardsByPrompt, evaluation_record, start_rewards
+from cluster.record.metrics import MetricsWriter, read_lines, step_report
+from cluster.record.report import Report
+from cluster.run.checkpoints import Checkpoints
+from cluster.run.queue import TicketQueue
+from cluster.run.signals import cancel_on_signals
+from cluster.run.state import RunState
+from cluster.workers.actors import RemoteReward, RemoteRollout, is_death
+from cluster.workers.fleet import Fleet
+from cluster.workers.learner_group import LearnerGroup
+from cluster.workers.placement import Cluster
+from cluster.workers.transport import connect
+from configs.schema import Config
+from learner.objectives.build import build_objective, objective_at
+from learner.objectives.interface import Objective
+from learner.types import RankReport, RowResult
+from reward.types import ScoredGroup
+from rollout.data.prompts import PromptOrder, PromptSet
+from rollout.types import Group, Parameters, Prompt, Sampling
+
+
+class RunError(RuntimeError):
+    """A run cannot go on. One line that names the cause and the fix."""
+
+
+class Rollouts:
+    """All rollout workers. A replaced worker gets the current parameters before its first prompt."""
+
+    def __init__(self, cluster: Cluster, config: Config, workers: int) -> None:
+        self._cluster = cluster
+        self._settings = config.rollout
+        self._model = config.model
+        self._transport = config.learner.transport
+        self._current: Parameters | None = None
+        self.fleet: Fleet[RemoteRollout] = Fleet("rollout", workers, self._spawn, is_death)
+
+    async def generate(self, prompt: Prompt, sampling: Sampling) -> Group:
+        """One group. Raises RunError where it takes longer than rollout.group_timeout_s."""
+        limit = self._settings.group_timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                return await self.fleet.run(lambda worker: worker.generate(prompt, sampling))
+        except TimeoutError as error:
+            raise RunError(
+                f"prompt '{prompt.id}': no answer within rollout.group_timeout_s ({limit:g} s); raise it or lower"
+                " rollout.max_new_tokens"
+            ) from error
+
+    async def logprobs(self, prompt: Prompt, answers: Sequence[tuple[int, ...]]) -> list[tuple[float, ...]]:
+        """[T] of each given answer at temperature 1."""
+        return await self.fleet.run(lambda worker: worker.logprobs(prompt, answers))
+
+    async def load(self, parameters: Parameters) -> dict[str, float]:
+        """Make parameters live in every worker; the slowest worker's seconds by phase."""
+        self._current = parameters
+        seconds = await self.fleet.everywhere(lambda worker: worker.load(parameters))
+        return {phase: max(each[phase] for each in seconds) for phase in seconds[0]}
+
+    async def _spawn(self, number: int) -> RemoteRollout:
+        worker = self._cluster.rollout(number, self._model)
+        limit = self._settings.start_timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                await worker.start()
+        except TimeoutError as error:
+            worker.end()
+            raise RunError(
+                f"rollout worker {number} did not start within rollout.start_timeout_s ({limit:g} s)"
+            ) from error
+        if self._current is not None:
+            if self._transport != "shared_memory":
+                raise RunError(
+                    f"rollout worker {number} died, and learner.transport '{self._transport}' cannot take a new one"
+                    " into its group; go on with `grao resume`"
+                )
+            await worker.load(self._current)
+        return worker
+
+
+class Rewards:
+    """All reward workers, and the scoring actors that they share."""
+
+    def __init__(self, cluster: Cluster, workers: int) -> None:
+        self._cluster = cluster
+        self._scoring = cluster.scoring()
+        self.fleet: Fleet[RemoteReward] = Fleet("reward", workers, self._spawn, is_death)
+
+    async def score(self, group: Group) -> ScoredGroup:
+        return await self.fleet.run(lambda worker: worker.score(group))
+
+    async def counts(self) -> dict[str, float]:
+        """What all living workers have counted since they started, by metric name."""
+        found = await self.fleet.everywhere(lambda worker: worker.counts())
+        return {f"reward_calls/{name}": float(sum(one[name] for one in found)) for name in (found[0] if found else ())}
+
+    async def _spawn(self, number: int) -> RemoteReward:
+        worker = self._cluster.reward(number, self._scoring)
+        await worker.start()
+        return worker
+
+
+async def answer(
+    rollouts: Rollouts, rewards: Rewards, prompts: Sequence[Prompt], sampling: Sampling
+) -> list[ScoredGroup]:
+    """Every prompt, answered and scored."""
+
+    async def one(prompt: Prompt) -> ScoredGroup:
+        return await rewards.score(await rollouts.generate(prompt, sampling))
+
+    async with asyncio.TaskGroup() as tasks:
+        found = [tasks.create_task(one(prompt)) for prompt in prompts]
+    return [task.result() for task in found]
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """The parts of a living run."""
+
+    config: Config
+    folder: RunFolder
+    checkpoints: Checkpoints
+    prompts: PromptSet
+    order: PromptOrder
+    state: RunState
+    """Where training starts."""
+    queue: TicketQueue
+    rollouts: Rollouts
+    rewards: Rewards
+    learner: LearnerGroup
+    objective: Objective
+    metrics: MetricsWriter
+    report: Report
+    start_rewards: RewardsByPrompt | None
+    """Of the held-out answers before the first update; None until they are there."""
+
+    async def make_live(self, version: int) -> dict[str, float]:
+        """Publish the learner's parameters as `version` and load them in every rollout worker, if there is any.
+
+        Returns the slowest worker's seconds by phase.
+        """
+        if not self.rollouts.fleet.size:
+            return {}
+        parameters = await self.learner.publish(version)
+        async with asyncio.TaskGroup() as both:  # a collective transport needs both ends at the same time
+            both.create_task(self.learner.send(parameters))
+            loading = both.create_task(self.rollouts.load(parameters))
+        return loading.result()
+
+    def is_due(self, every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
+
+    async def log_step(
+        self, step: int, groups: Sequence[ScoredGroup], reports: Sequence[RankReport], seconds: Mapping[str, float]
+    ) -> None:
+        """Record one update everywhere it is shown."""
+        report = step_report(step, groups, reports, objective_at(step, self.config.learner), seconds)
+        report = replace(report, metrics={**report.metrics, **await self.rewards.counts()})
+        self.metrics.step(report)
+        if self.config.run.write_samples and groups[0].group.samples:
+            self.metrics.samples(step, groups, self.objective)
+        self.report.step(report)
+
+    def log_evaluation(
+        self,
+        step: int,
+        groups: Sequence[ScoredGroup],
+        judged: Mapping[int, RowResult] | None,
+        log_ratios: Sequence[Sequence[float]] | None,
+    ) -> None:
+        """Record one evaluation everywhere it is shown; `judged` are the results of an objective without samples."""
+        by_objective = None if judged is None else (self.objective, judged)
+        record = evaluation_record(step, groups, self.start_rewards, log_ratios, by_objective)
+        self.start_rewards = self.start_rewards or start_rewards([record])
+        self.metrics.evaluation(step, record)
+        self.report.evaluation(record)
+
+
+@contextlib.asynccontextmanager
+async def open_run(
+    config: Config, folder: RunFolder, checkpoints: Checkpoints, prompts: PromptSet, state: RunState, report: Report
+) -> AsyncIterator[Run]:
+    """Start Ray, engines, rewards and ranks, restore the learner; end all of them on the way out."""
+    async with contextlib.AsyncExitStack() as stack:
+        report.phase("starting Ray")
+        cluster = await stack.enter_async_context(Cluster(config))
+        cancel_on_signals()
+        rollouts = Rollouts(cluster, config, config.rollout_workers)
+        rewards = Rewards(cluster, config.reward_workers)
+        learner = LearnerGroup(cluster.rank, config.learner.ranks, secrets.token_hex(16), config.learner.step_timeout_s)
+        stack.push_async_callback(_close, rollouts, rewards, learner)
+        report.phase(f"starting {_count(config)} ({cluster.describe()})")
+        async with asyncio.TaskGroup() as starting:
+            starting.create_task(rollouts.fleet.start())
+            starting.create_task(rewards.fleet.start())
+            starting.create_task(_start_learner(learner, cluster.nodes == 1, checkpoints, state))
+        if learner.note:
+            report.note(learner.note)
+        await connect(config, rollouts.fleet, learner)
+        metrics = MetricsWriter(folder)
+        stack.callback(metrics.close)
+        position = state.position
+        yield Run(
+            config=config,
+            folder=folder,
+            checkpoints=checkpoints,
+            prompts=prompts,
+            order=PromptOrder(len(prompts.train), config.run.seed, config.data.shuffle),
+            state=state,
+            queue=TicketQueue(
+                config.learner.groups_per_step, config.rollout.max_staleness, position.oldest, position.ahead
+            ),
+            rollouts=rollouts,
+            rewards=rewards,
+            learner=learner,
+            objective=build_objective(config.learner.objective),
+            metrics=metrics,
+            report=report,
+            start_rewards=start_rewards(read_lines(folder.evaluations)),
+        )
+
+
+async def _start_learner(learner: LearnerGroup, one_node: bool, checkpoints: Checkpoints, state: RunState) -> None:
+    await learner.start(one_node)
+    if state.step:
+        await learner.load(str(checkpoints.path_of(state.step)))
+
+
+async def _close(rollouts: Rollouts, rewards: Rewards, learner: LearnerGroup) -> None:
+    await asyncio.gather(rollouts.fleet.close(), rewards.fleet.close(), learner.close())
+
+
+def _count(config: Config) -> str:
+    counts = (
+        (config.rollout_workers, "rollout worker"),
+        (config.reward_workers, "reward worker"),
+        (config.learner.ranks, "learner rank"),
+    )
+    return ", ".join(f"{count} {what}{'s' if count > 1 else ''}" for count, what in counts if count)

@@ -1,0 +1,92 @@
+"""What can be refused before any worker starts: the model, the tokenizer, the rewards, the place of the results."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from configs.load import ConfigError
+from configs.schema import Config
+from reward.model import check_reward_models
+from reward.worker import check_rewards
+from rollout.data.prompts import PromptSet
+
+RAY_JOB_FOLDER = "runtime_resources"
+
+
+def check_folder(config: Config) -> None:
+    """Refuse a relative run.folder inside the copy of the working directory that Ray makes for a job.
+
+    Raises ConfigError: Ray deletes that copy, and everything the run wrote with it.
+    """
+    if not Path(config.run.folder).is_absolute() and RAY_JOB_FOLDER in Path.cwd().parts:
+        raise ConfigError(
+            f"run.folder '{config.run.folder}' is relative, and Ray deletes this job's working directory at the end;"
+            " give an absolute path that all nodes can write, e.g. run.folder=/shared/runs/one"
+        )
+
+
+def check_model(config: Config, room: int = 0) -> Any:
+    """Refuse a model that cannot do what the config asks of it; return its tokenizer. Raises ConfigError.
+
+    room: further tokens that its context must hold.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    path, trust = config.model.path, config.model.trust_remote_code
+    if looks_like_folder(path) and not (Path(path) / "config.json").is_file():
+        known = "; run `make quickstart` or `grao prepare` for the bundled one" if "SmolLM2" in path else ""
+        raise ConfigError(f"model.path '{path}' holds no config.json; give the folder of a Hugging Face model{known}")
+    try:
+        model = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model.path '{path}' cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    text = model.get_text_config()
+    if len(tokenizer) > text.vocab_size:
+        raise ConfigError(
+            f"model.path '{path}': the tokenizer has {len(tokenizer)} tokens, the model only {text.vocab_size};"
+            " they do not belong together"
+        )
+    longest = text.max_position_embeddings
+    if config.longest_sequence + room > longest:
+        raise ConfigError(
+            f"data.max_prompt_tokens + the longest answer is {config.longest_sequence} tokens, the model takes"
+            f" {longest - room}; lower data.max_prompt_tokens, rollout.max_new_tokens or data.max_reference_tokens"
+        )
+    return tokenizer
+
+
+def check_all_rewards(config: Config) -> None:
+    """Refuse rewards that cannot work; after check_model, whose tokenizer they may need. Raises RewardError."""
+    if config.reward is not None:
+        check_rewards(config.reward)
+        check_reward_models(config.reward, config.model, config.longest_sequence)
+
+
+def check_pairs(config: Config, prompts: PromptSet) -> None:
+    """Refuse prompts that an objective on pairs cannot use. Raises ConfigError."""
+    if not config.learner.objective.keeps_pairs:
+        return
+    name, budget = config.learner.objective.name, config.learner.tokens_per_micro_batch
+    for prompt in (*prompts.train, *prompts.heldout):
+        if prompt.rejected_ids is None:
+            raise ConfigError(
+                f"learner.objective '{name}' needs a rejected answer for every prompt, and '{prompt.id}' has none; use"
+                " data with 'chosen' and 'rejected'"
+            )
+        answers = len(prompt.reference_ids) + len(prompt.rejected_ids)
+        need = len(prompt.token_ids) + answers - (0 if config.learner.objective.trains_scores else 2)
+        if need > budget:
+            raise ConfigError(
+                f"learner.tokens_per_micro_batch is {budget}, but both answers of prompt '{prompt.id}' belong together"
+                f" and need {need}; raise it to {need} or more"
+            )
+
+
+def looks_like_folder(path: str) -> bool:
+    """Whether model.path means a folder rather than a hub name such as 'org/model'."""
+    return os.path.isdir(path) or path.startswith((".", "/", "~")) or path.count("/") != 1 or path.startswith("models/")

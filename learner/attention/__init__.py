@@ -1,0 +1,1 @@
+"""Attention in which a group's answers share their prompt."""

@@ -1,0 +1,1 @@
+"""The models that are trained, from hidden states to loss and export."""

@@ -1,0 +1,1 @@
+"""Parameters on their way to the engines."""

@@ -1,0 +1,1 @@
+"""Models under DeepSpeed's ZeRO-3."""
