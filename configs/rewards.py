@@ -17,6 +17,8 @@ def _variable_name(name: str) -> str:
     return name
 
 
+LONGEST_GROUP_S = 3600.0
+
 VariableName = Annotated[str, AfterValidator(_variable_name)]
 
 
@@ -193,6 +195,9 @@ class RewardConfig(Section):
     has its own, for each request."""
     max_concurrent: int = Field(default=64, ge=1)
     """Calls in flight in one worker."""
+    group_timeout_s: float = Field(default=LONGEST_GROUP_S, gt=0)
+    """Longest time for one group, its retries and its waiting in the worker included; a worker that is silent for so
+    long is replaced and the group scored by another."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> RewardConfig:

@@ -95,6 +95,8 @@ class RolloutConfig(Section):
     """Longest time for an engine to come up."""
     group_timeout_s: float = Field(default=1800, gt=0)
     """Longest time for one group; then the run stops with an error that names the prompt."""
+    load_timeout_s: float = Field(default=600, gt=0)
+    """Longest time for an engine to take new parameters; a silent one is replaced."""
 
 
 class LearnerConfig(Section):

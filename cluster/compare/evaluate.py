@@ -67,7 +67,7 @@ async def evaluate_models(config: Config, models: Sequence[str], out: Path) -> N
     prompts = _check(config, models)
     async with Cluster(config, learner=False) as cluster:
         cancel_on_signals()
-        rewards = Rewards(cluster, config.reward.workers if config.reward is not None else 0)
+        rewards = Rewards(cluster, config.reward.workers if config.reward is not None else 0, config.reward)
         await rewards.fleet.start()
         try:
             found = await _answer_all(cluster, config, models, prompts, rewards)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +17,12 @@ from cluster.run.checkpoints import Checkpoints
 from cluster.run.queue import TicketQueue
 from cluster.run.signals import cancel_on_signals
 from cluster.run.state import RunState
-from cluster.workers.actors import RemoteReward, RemoteRollout, is_death
-from cluster.workers.fleet import Fleet
+from cluster.workers.actors import RemoteReward, RemoteRollout, cause_of, is_death
+from cluster.workers.fleet import Fleet, Limit, within
 from cluster.workers.learner_group import LearnerGroup
 from cluster.workers.placement import Cluster
 from cluster.workers.transport import connect
+from configs.rewards import LONGEST_GROUP_S, RewardConfig
 from configs.schema import Config
 from learner.objectives.build import build_objective, objective_at
 from learner.objectives.interface import Objective
@@ -28,6 +30,12 @@ from learner.types import RankReport, RowResult
 from reward.types import ScoredGroup
 from rollout.data.prompts import PromptOrder, PromptSet
 from rollout.types import Group, Parameters, Prompt, Sampling
+from rollout.worker import ParametersRefused
+
+logger = logging.getLogger(__name__)
+
+LOAD_AGAIN_AFTER_S = (1.0, 5.0)
+"""Pauses before the further tries of one worker's load."""
 
 
 class RunError(RuntimeError):
@@ -42,6 +50,7 @@ class Rollouts:
         self._settings = config.rollout
         self._model = config.model
         self._transport = config.learner.transport
+        self._load_limit = Limit(seconds=config.rollout.load_timeout_s, setting="rollout.load_timeout_s")
         self._current: Parameters | None = None
         self.fleet: Fleet[RemoteRollout] = Fleet("rollout", workers, self._spawn, is_death)
 
@@ -64,7 +73,7 @@ class Rollouts:
     async def load(self, parameters: Parameters) -> dict[str, float]:
         """Make parameters live in every worker; the slowest worker's seconds by phase."""
         self._current = parameters
-        seconds = await self.fleet.everywhere(lambda worker: worker.load(parameters))
+        seconds = await self.fleet.everywhere(lambda worker: _load(worker, parameters), self._load_limit)
         return {phase: max(each[phase] for each in seconds) for phase in seconds[0]}
 
     async def _spawn(self, number: int) -> RemoteRollout:
@@ -84,24 +93,44 @@ class Rollouts:
                     f"rollout worker {number} died, and learner.transport '{self._transport}' cannot take a new one"
                     " into its group; go on with `grao resume`"
                 )
-            await worker.load(self._current)
+            try:
+                await within(self._load_limit, _load(worker, self._current))
+            except BaseException:
+                worker.end()
+                raise
         return worker
+
+
+async def _load(worker: RemoteRollout, parameters: Parameters) -> dict[str, float]:
+    """Load one worker. A version that it refused, as after one cut connection, is fetched again: the old one stayed
+    live, so another try is harmless. Raises the last refusal."""
+    for pause in LOAD_AGAIN_AFTER_S:
+        try:
+            return await worker.load(parameters)
+        except Exception as error:
+            if not isinstance(cause_of(error), ParametersRefused):
+                raise
+            logger.warning("loaded again in %g s: %s", pause, cause_of(error))
+            await asyncio.sleep(pause)
+    return await worker.load(parameters)
 
 
 class Rewards:
     """All reward workers, and the scoring actors that they share."""
 
-    def __init__(self, cluster: Cluster, workers: int) -> None:
+    def __init__(self, cluster: Cluster, workers: int, settings: RewardConfig | None = None) -> None:
         self._cluster = cluster
+        seconds = LONGEST_GROUP_S if settings is None else settings.group_timeout_s
+        self._limit = Limit(seconds=seconds, setting="reward.group_timeout_s")
         self._scoring = cluster.scoring()
         self.fleet: Fleet[RemoteReward] = Fleet("reward", workers, self._spawn, is_death)
 
     async def score(self, group: Group) -> ScoredGroup:
-        return await self.fleet.run(lambda worker: worker.score(group))
+        return await self.fleet.run(lambda worker: worker.score(group), self._limit)
 
     async def counts(self) -> dict[str, float]:
         """What all living workers have counted since they started, by metric name."""
-        found = await self.fleet.everywhere(lambda worker: worker.counts())
+        found = await self.fleet.everywhere(lambda worker: worker.counts(), self._limit)
         return {f"reward_calls/{name}": float(sum(one[name] for one in found)) for name in (found[0] if found else ())}
 
     async def _spawn(self, number: int) -> RemoteReward:
@@ -196,7 +225,7 @@ async def open_run(
         cluster = await stack.enter_async_context(Cluster(config))
         cancel_on_signals()
         rollouts = Rollouts(cluster, config, config.rollout_workers)
-        rewards = Rewards(cluster, config.reward_workers)
+        rewards = Rewards(cluster, config.reward_workers, config.reward)
         learner = LearnerGroup(cluster.rank, config.learner.ranks, secrets.token_hex(16), config.learner.step_timeout_s)
         stack.push_async_callback(_close, rollouts, rewards, learner)
         report.phase(f"starting {_count(config)} ({cluster.describe()})")

@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from cluster.workers.fleet import Fleet, FleetError
+from cluster.workers.fleet import Fleet, FleetError, Limit
+from tests.fast.virtual_time import run as in_virtual_time
 
 
 class Death(Exception):
@@ -110,3 +111,91 @@ async def test_close_ends_every_worker() -> None:
     await fleet.start()
     await fleet.close()
     assert all(worker.ended for worker in made)
+
+
+async def test_a_replacement_that_dies_while_it_starts_counts_and_another_one_is_started() -> None:
+    made: list[Calculator] = []
+
+    async def spawn(number: int) -> Calculator:
+        made.append(Calculator(number))
+        if len(made) == 3:
+            raise Death("killed while it started")
+        return made[-1]
+
+    fleet = Fleet("test", 2, spawn, lambda error: isinstance(error, Death), 3)
+    await fleet.start()
+    made[0].dead.set()
+    assert await asyncio.gather(*(fleet.run(lambda w, n=n: w.square(n, 0.01)) for n in range(6))) == [
+        n * n for n in range(6)
+    ]
+    assert (len(made), fleet.replaced) == (4, 2)
+
+
+async def test_nobody_waits_for_a_worker_that_cannot_be_replaced() -> None:
+    made: list[Calculator] = []
+
+    async def spawn(number: int) -> Calculator:
+        made.append(Calculator(number))
+        if len(made) > 1:
+            await asyncio.sleep(0.01)
+            raise Death("killed while it started")
+        return made[-1]
+
+    fleet = Fleet("test", 1, spawn, lambda error: isinstance(error, Death), 2)
+    await fleet.start()
+    made[0].dead.set()
+    calls = [asyncio.ensure_future(fleet.run(lambda w, n=n: w.square(n))) for n in range(4)]
+    calls.append(asyncio.ensure_future(fleet.everywhere(lambda worker: worker.square(1))))
+    async with asyncio.timeout(10):
+        found = await asyncio.gather(*calls, return_exceptions=True)
+    said = "test workers keep dying, the last one of: Death: killed while it started"
+    assert {(type(one), str(one)) for one in found} == {(FleetError, said)}
+    assert len(made) == 3
+
+
+def test_a_silent_worker_is_replaced_when_its_call_is_over_the_limit() -> None:
+    made: list[Calculator] = []
+    limit = Limit(seconds=60, setting="test.timeout_s")
+
+    async def answer(worker: Calculator) -> int:
+        if worker is made[0]:
+            await asyncio.Event().wait()
+        return worker.number
+
+    async def go() -> list[int]:
+        fleet = fleet_of(2, made)
+        await fleet.start()
+        first = await fleet.everywhere(answer, limit)
+        assert (len(made), made[0].ended, fleet.replaced) == (3, True, 1)
+        return [*first, await fleet.run(answer, limit)]
+
+    assert in_virtual_time(go()) == [0, 1, 0]
+
+
+def test_workers_that_stay_silent_end_the_run_with_the_setting() -> None:
+    async def silent(worker: Calculator) -> int:
+        await asyncio.Event().wait()
+        return 0
+
+    async def go(everywhere: bool) -> None:
+        fleet = fleet_of(1, [], limit=2)
+        await fleet.start()
+        limit = Limit(seconds=60, setting="test.timeout_s")
+        await (fleet.everywhere(silent, limit) if everywhere else fleet.run(silent, limit))
+
+    for everywhere in (True, False):
+        with pytest.raises(FleetError, match=r"the last one of: Silence: no answer within test.timeout_s \(60 s\)"):
+            in_virtual_time(go(everywhere))
+
+
+async def test_a_time_out_inside_a_call_is_the_calls_own() -> None:
+    made: list[Calculator] = []
+    fleet = fleet_of(1, made)
+    await fleet.start()
+
+    async def slow(worker: Calculator) -> int:
+        raise TimeoutError("the judge took too long")
+
+    with pytest.raises(TimeoutError, match="the judge took too long"):
+        await fleet.run(slow, Limit(seconds=60, setting="test.timeout_s"))
+    assert len(made) == 1
