@@ -51,7 +51,7 @@ def test_grpo_raises_its_reward(tiny_model: Path, tmp_path: Path) -> None:
     assert sum(rewards[-4:]) > sum(rewards[:4]) + 4 * 0.05  # shorter answers, against the pull to the start model
     # one update per batch: the ratio to the rollout is 1 up to rounding
     assert max(step["ratio/clipped"] for step in steps) == 0
-    assert max(step["gap/mean"] for step in steps) < 1e-4
+    assert max(step["gap/trained_mean"] for step in steps) < 1e-4
 
 
 def test_ppo_raises_its_reward_and_its_critic_learns(tiny_model: Path, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_ppo_raises_its_reward_and_its_critic_learns(tiny_model: Path, tmp_path:
     assert steps[-1]["critic/loss"] < 0.3 * steps[0]["critic/loss"]
     assert abs(steps[-1]["critic/bias"]) < 0.5 * abs(steps[0]["critic/bias"])
     assert max(step["ratio/clipped"] for step in steps) > 0  # by the second updates
-    assert max(step["gap/mean"] for step in steps) < 1e-4
+    assert max(step["gap/trained_mean"] for step in steps) < 1e-4
     assert "advantage" not in lines(folder / "samples.jsonl")[0]["answers"][0]
 
 

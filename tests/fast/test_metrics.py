@@ -151,11 +151,11 @@ def test_every_number_of_a_step() -> None:
         "advantage/abs_mean": (2 * math.sqrt(2 / 3) + 2 * math.sqrt(3 / 2) + 4 * 0.5) / 12,
         "advantage/reference_mean": (math.sqrt(2 / 3) + 2) / 3,
         "group/without_signal": 1 / 3,
-        "logprob/sample_mean": statistics.fmean([*J[:4], *J[5:9]]),
-        "logprob/reference_mean": statistics.fmean([J[4], J[9]]),
-        "gap/mean": gap / 26,
-        "gap/max": 0.08,
-        "entropy/mean": 16 / 26,
+        "logprob/trained_sample_mean": statistics.fmean([*J[:4], *J[5:9]]),
+        "logprob/trained_reference_mean": statistics.fmean([J[4], J[9]]),
+        "gap/trained_mean": gap / 26,
+        "gap/trained_max": 0.08,
+        "entropy/trained_mean": 16 / 26,
         "tokens/generated": 62.0,
         "tokens/unique": 40.0,
         "tokens/nominal": 120.0,
@@ -222,15 +222,15 @@ def test_a_step_without_any_signal_is_reported() -> None:
     assert report.loss == 0.0
     assert report.shares == {"exploration": 0.0, "imitation": 0.0, "regulariser": 0.0}
     assert report.metrics["group/without_signal"] == 1.0
-    assert math.isnan(report.metrics["gap/mean"])
-    assert "kl/mean" not in report.metrics
+    assert math.isnan(report.metrics["gap/trained_mean"])
+    assert "kl/trained_mean" not in report.metrics
 
 
 def test_kl_is_the_mean_over_sample_tokens_where_it_was_asked_for() -> None:
     results = [result(row, kl=1.0 if row not in (4, 9) else 100.0) for row in range(10)]
-    assert report_of(GROUPS, results).metrics["kl/mean"] == pytest.approx(8 / 26)
+    assert report_of(GROUPS, results).metrics["kl/trained_mean"] == pytest.approx(8 / 26)
     results[3] = result(3)
-    assert math.isnan(report_of(GROUPS, results).metrics["kl/mean"])
+    assert math.isnan(report_of(GROUPS, results).metrics["kl/trained_mean"])
 
 
 def test_rewards_that_are_equal_on_paper_are_a_tie() -> None:
@@ -303,12 +303,12 @@ def test_what_is_not_finite_is_left_out_by_name(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     writer = MetricsWriter(folder)
     report = report_of(GROUPS, RESULTS)
-    writer.step(replace(report, loss=math.nan, metrics={**report.metrics, "gap/max": math.inf}))
+    writer.step(replace(report, loss=math.nan, metrics={**report.metrics, "gap/trained_max": math.inf}))
     writer.close()
     (line,) = read(folder.steps)
-    assert line["not_finite"] == ["loss", "metrics/gap/max"]
+    assert line["not_finite"] == ["loss", "metrics/gap/trained_max"]
     assert "loss" not in line
-    assert "gap/max" not in line["metrics"]
+    assert "gap/trained_max" not in line["metrics"]
     assert line["metrics"]["reward/mean"] == 0.5
     assert "loss" not in scalars(folder)
 
@@ -459,7 +459,7 @@ def test_a_step_without_samples_has_no_numbers_of_samples() -> None:
     assert report.terms == {"preference": 2.0}
     beginnings = {name.split("/")[0] for name in report.metrics}
     assert beginnings == {"logprob", "preference", "tokens", "micro_batches"}
-    assert report.metrics["logprob/reference_mean"] == 0.0
+    assert report.metrics["logprob/trained_reference_mean"] == 0.0
 
 
 def test_every_metric_is_documented_and_every_documented_one_exists() -> None:
