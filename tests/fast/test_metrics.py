@@ -22,6 +22,7 @@ from cluster.record.heldout import evaluation_record
 from cluster.record.metrics import MetricsError, MetricsWriter, cut_after, sample_record, step_report
 from configs.objectives import (
     AnyObjective,
+    Correction,
     DpoObjective,
     GraoObjective,
     GrpoObjective,
@@ -200,11 +201,12 @@ def _naive_loss(groups, objective, rows, results) -> float:
     total = 0.0
     for index, group in enumerate(groups):
         pool = [*group.rewards] + ([group.reference_reward] if objective.advantage_group != "samples" else [])
-        if max(pool) - min(pool) < 1e-12:
+        if max(pool) - min(pool) <= 1e-6 * max(map(abs, [*group.rewards, group.reference_reward])):
             continue
         middle, std = statistics.fmean(pool), statistics.pstdev(pool)
         of_samples = [(reward - middle) / std for reward in group.rewards]
-        of_reference = (group.reference_reward - middle) / std
+        bound = len(group.rewards) ** 0.5
+        of_reference = min(bound, max(-bound, (group.reference_reward - middle) / std))
         queue = list(values.get((index, "sample"), []))
         j = [queue.pop(0) if abs(a) > 1e-12 and objective.alpha + objective.lambda_ else 0.0 for a in of_samples]
         j_reference = (values.get((index, "reference")) or [0.0])[0]
@@ -469,7 +471,7 @@ def test_every_metric_is_documented_and_every_documented_one_exists() -> None:
     made = {"loss", "grad_norm", "learning_rate"}
     made |= {f"terms/{name}" for name in report.terms} | {f"shares/{name}" for name in report.shares}
     made |= {re.sub(r"/(exact|length)/(mean|reference_mean)", r"/NAME/\2", name) for name in report.metrics}
-    made |= set(of_another(GROUPS, GrpoObjective(name="grpo")).metrics)
+    made |= set(of_another(GROUPS, GrpoObjective(name="grpo", correction=Correction())).metrics)
     made |= set(of_another(OFFLINE, DpoObjective(name="dpo")).metrics)
     made |= set(
         of_another(OFFLINE, RewardModelObjective(name="reward_model"), mean_logprob=math.nan, score=1.0).metrics
