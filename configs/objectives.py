@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import math
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -19,7 +20,7 @@ class ObjectiveBase(Section):
     @property
     def online(self) -> bool:
         """Whether it trains on samples of the policy; else no rollout and no reward worker is started."""
-        return True
+        return False
 
     @property
     def needs_start_model(self) -> bool:
@@ -52,26 +53,91 @@ class ObjectiveBase(Section):
         return 1.0
 
 
-class RatioObjective(ObjectiveBase):
-    """What is done about samples that are not quite the current policy's."""
+class Correction(Section):
+    """How samples that are not the current policy's are corrected; formulas in learner/objectives/ratio.py."""
 
-    clip: float | None = Field(default=None, gt=0, lt=1)
-    """Each sample token enters by its probability ratio to the rollout, clipped to [1 - clip, 1 + clip_high]."""
-    clip_high: float | None = Field(default=None, gt=0)
-    """Upper clip where it differs from `clip`."""
-    importance_cap: float | None = Field(default=None, ge=1)
-    """Each sample token's weight times min(cap, its probability ratio to the rollout), not differentiated."""
+    use: Literal["auto", "always", "none"] = "always"
+    """'auto' corrects exactly where a run is off-policy (LearnerConfig.off_policy), 'none' never: the paper's form."""
+    weight: Literal["token", "sequence", "geometric", "none"] = "token"
+    """What multiplies a sample token's weight: its own ratio of policy to rollout, the product or the geometric mean
+    of its sequence's ratios, or nothing (a mask alone)."""
+    cap: float = Field(default=2.0, ge=1)
+    """The weight's upper bound."""
+    mask: Literal["none", "token", "sequence", "geometric"] = "none"
+    """Whose ratio must lie between mask_low and mask_high, or the token, or its whole sequence, is left out."""
+    mask_low: float | None = Field(default=None, ge=0, le=1)
+    """Null: 0.5 for token and sequence, 0.99 for geometric."""
+    mask_high: float | None = Field(default=None, ge=1)
+    """Null: 5 for token, 2 for sequence, 1.01 for geometric."""
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Between which a ratio is kept; (0, inf) without a mask."""
+        low, high = {"none": (0.0, math.inf), "token": (0.5, 5.0), "sequence": (0.5, 2.0), "geometric": (0.99, 1.01)}[
+            self.mask
+        ]
+        return (low if self.mask_low is None else self.mask_low, high if self.mask_high is None else self.mask_high)
+
+    def applies(self, off_policy: bool) -> bool:
+        """Whether it acts in a run whose samples are, or are not, another policy's."""
+        return self.use == "always" or (self.use == "auto" and off_policy)
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> RatioObjective:
-        if self.clip is not None and self.importance_cap is not None:
-            raise ValueError("clip and importance_cap both correct the ratio; set one of them to null")
+    def _does_something(self) -> Correction:
+        if self.mask == "none" and (self.mask_low is not None or self.mask_high is not None):
+            raise ValueError("mask_low and mask_high need a mask: token, sequence or geometric")
+        if self.weight == self.mask == "none" and self.use != "none":
+            raise ValueError("neither a weight nor a mask would correct anything; set correction: none")
+        return self
+
+
+class SampledObjective(ObjectiveBase):
+    """What objectives that train on samples of the policy have in common."""
+
+    clip: float | None = Field(default=None, gt=0, lt=1)
+    """Each sample token enters by its probability ratio to the learner itself before the step's first update, clipped
+    to [1 - clip, 1 + clip_high]; acts from the second update on."""
+    clip_high: float | None = Field(default=None, gt=0)
+    """Upper clip where it differs from `clip`."""
+    correction: Correction = Correction(use="auto")
+    """What is done about samples of another policy: auto, none, or a section such as {weight: sequence, cap: 3}, which
+    always applies unless it says otherwise by `use`."""
+    signal_floor: float = Field(default=1e-6, ge=0, lt=1)
+    """Rewards that differ by no more than this share of their size carry no signal: their spread is rounding."""
+
+    @property
+    def online(self) -> bool:
+        return True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_name(cls, given: Any) -> Any:
+        """`importance_cap: C` of earlier versions is `correction: {cap: C}`; their run folders hold it, mostly null."""
+        if not isinstance(given, dict) or "importance_cap" not in given:
+            return given
+        rest, cap = {name: value for name, value in given.items() if name != "importance_cap"}, given["importance_cap"]
+        if cap is None:
+            return rest
+        if "correction" in rest:
+            raise ValueError("importance_cap is now correction: {cap: ...}; remove importance_cap")
+        return {**rest, "correction": {"cap": cap}}
+
+    @field_validator("correction", mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        """A bare word stands for `use`; null, and YAML's off, for none."""
+        if given is None or given is False:
+            return {"use": "none"}
+        return {"use": given} if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _whole_clip(self) -> Self:
         if self.clip is None and self.clip_high is not None:
             raise ValueError("clip_high needs clip; set both or neither")
         return self
 
 
-class GraoObjective(RatioObjective):
+class GraoObjective(SampledObjective):
     """learner/objectives/grao.py"""
 
     name: Literal["grao"] = "grao"
@@ -85,7 +151,8 @@ class GraoObjective(RatioObjective):
     lambda_: float = Field(default=0.6, ge=0, alias="lambda")
     """Weight of the alignment regulariser."""
     advantage_group: Literal["samples_and_reference", "samples"] = "samples_and_reference"
-    """Over which rewards mean and std are taken: the G samples and the reference, or the G samples alone."""
+    """Over which rewards mean and std are taken: the G samples and the reference, or the G samples alone; then the
+    reference's advantage, which has no bound of its own, is held within sqrt(G), the other reading's bound."""
     temperature: Literal["rollout", "one"] = "rollout"
     """Whose log-probabilities enter J: the sampled distribution's, as the policy gradient needs, or temperature 1."""
     advantage_clip: float | None = Field(default=None, gt=0)
@@ -106,12 +173,10 @@ class GraoObjective(RatioObjective):
     def _some_term(self) -> GraoObjective:
         if self.alpha == self.beta == self.lambda_ == 0 and not self.beta_end:
             raise ValueError("alpha, beta and lambda are all 0, so nothing would be learned; raise one")
-        if self.temperature == "one" and (self.clip is not None or self.importance_cap is not None):
-            raise ValueError("clip and importance_cap compare with the rollout; they need temperature: rollout")
         return self
 
 
-class GrpoObjective(RatioObjective):
+class GrpoObjective(SampledObjective):
     """learner/objectives/grpo.py"""
 
     name: Literal["grpo"]
@@ -128,7 +193,7 @@ class GrpoObjective(RatioObjective):
         return self.kl > 0
 
 
-class PpoObjective(RatioObjective):
+class PpoObjective(SampledObjective):
     """learner/objectives/ppo.py"""
 
     name: Literal["ppo"]
@@ -170,10 +235,6 @@ class SftObjective(ObjectiveBase):
     """Chooses supervised fine-tuning."""
 
     @property
-    def online(self) -> bool:
-        return False
-
-    @property
     def loss_temperature(self) -> Literal["rollout", "one"]:
         return "one"
 
@@ -185,10 +246,6 @@ class DpoObjective(ObjectiveBase):
     """Chooses DPO."""
     beta: float = Field(default=0.1, gt=0)
     """How strongly a pair's log-ratio is scaled before the sigmoid."""
-
-    @property
-    def online(self) -> bool:
-        return False
 
     @property
     def needs_start_model(self) -> bool:
@@ -208,10 +265,6 @@ class RewardModelObjective(ObjectiveBase):
 
     name: Literal["reward_model"]
     """Chooses the training of a reward model on preferences."""
-
-    @property
-    def online(self) -> bool:
-        return False
 
     @property
     def loss_temperature(self) -> Literal["rollout", "one"]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from configs.objectives import AnyObjective, GraoObjective, Section
+from configs.objectives import AnyObjective, Correction, GraoObjective, SampledObjective, Section
 from configs.rewards import RewardConfig
 
 Dtype = Literal["float32", "bfloat16"]
@@ -74,7 +74,8 @@ class RolloutConfig(Section):
     temperature: float = Field(default=0.7, gt=0, le=2)
     """Sampling temperature in training."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus sampling; below 1 the rollout's log-probabilities are of the truncated distribution."""
+    """Nucleus sampling; below 1 the rollout's log-probabilities are of the truncated distribution, which nothing can
+    correct or compare with the policy: refused together with an importance weight or a KL term."""
     max_new_tokens: int = Field(default=1024, ge=1)
     """Longest sample."""
     stop: tuple[str, ...] = ()
@@ -112,8 +113,8 @@ class LearnerConfig(Section):
     groups_per_step: int = Field(default=8, ge=1)
     """Groups (prompts) in one step."""
     updates_per_step: int = Field(default=1, ge=1)
-    """Updates on a step's groups. From the second on the samples are off-policy: set the objective's clip or
-    importance_cap."""
+    """Updates on a step's groups. From the second on the samples are off-policy: the objective's `correction` weighs
+    them, and its `clip`, where it has one, bounds how far the updates go."""
     dtype: Dtype = "bfloat16"
     """Type of forward and backward; the optimizer's state and master parameters are float32."""
     learning_rate: float = Field(default=1e-6, gt=0)
@@ -183,6 +184,29 @@ class LearnerConfig(Section):
     def keeps_start_model(self) -> bool:
         """Whether a frozen copy of the policy that training started from is kept."""
         return self.objective.needs_start_model or (self.kl_every > 0 and not self.objective.trains_scores)
+
+    def off_policy(self, rollout: RolloutConfig) -> tuple[str, ...]:
+        """Why the samples that are trained on are another policy's than the loss's, by setting; empty on-policy.
+
+        Nucleus sampling (rollout.top_p) is not among the reasons: no weight brings back what it never samples.
+        """
+        if not self.objective.online:
+            return ()
+        of_loss = rollout.temperature if self.objective.loss_temperature == "rollout" else 1.0
+        reasons = {
+            f"rollout.max_staleness {rollout.max_staleness}": rollout.max_staleness > 0,
+            f"learner.updates_per_step {self.updates_per_step}": self.updates_per_step > 1,
+            f"rollout.temperature {rollout.temperature:g}, loss at {of_loss:g}": rollout.temperature != of_loss,
+            f"rollout.dtype {rollout.dtype}, learner.dtype {self.dtype}": rollout.dtype != self.dtype,
+        }
+        return tuple(reason for reason, applies in reasons.items() if applies)
+
+    def correction(self, rollout: RolloutConfig) -> Correction | None:
+        """The correction that applies to the samples of this rollout; None where none does."""
+        objective = self.objective
+        if not isinstance(objective, SampledObjective):
+            return None
+        return objective.correction if objective.correction.applies(bool(self.off_policy(rollout))) else None
 
 
 class EvaluationConfig(Section):
@@ -299,4 +323,28 @@ class Config(Section):
         ):
             if asked and not self.data.heldout_rows:
                 raise ValueError(f"{who} needs held-out prompts; set data.heldout_rows")
+        return self
+
+    @model_validator(mode="after")
+    def _truncated_sampling(self) -> Config:
+        """The engine's log-probabilities are of what truncation left over; only the engine knows how much that was."""
+        learner, rollout = self.learner, self.rollout
+        if rollout.top_p == 1 or not learner.objective.online:
+            return self
+        off = learner.off_policy(rollout)
+        why = f"this run is off-policy ({off[0]})" if off else "learner.objective.correction asks for it"
+        for uses, what, fix in (
+            (
+                learner.correction(rollout) is not None,
+                f"importance weights, which apply because {why},",
+                "learner.objective.correction: none",
+            ),
+            (learner.objective.needs_start_model, "the KL term", "learner.objective.kl: 0"),
+            (learner.kl_every > 0, "learner.kl_every", "learner.kl_every: 0"),
+        ):
+            if uses:
+                raise ValueError(
+                    f"rollout.top_p is {rollout.top_p:g}, and {what} would compare the policy with a truncated"
+                    f" distribution; set rollout.top_p: 1, or {fix}"
+                )
         return self

@@ -57,9 +57,12 @@ class PolicyPasses:
 
     def __init__(self, engine: ZeroEngine, objective: Objective, settings: Settings) -> None:
         self._engine, self._objective, self._settings = engine, objective, settings
+        self._proximal: dict[int, Floats] = {}
+        """By micro-batch, the policy's log-probabilities before the step's first update, as that update met them."""
 
     def prepare(self, batches: Sequence[MicroBatch], groups: Sequence[ScoredGroup], with_start: bool) -> Prepared:
         """with_start: whether the start model is asked."""
+        self._proximal = {}
         planned, start = tuple(batches), self.start(batches, with_start)
         if self._engine.critic is None:
             return Prepared(batches=planned, for_policy=planned, start=start, estimates=())
@@ -70,7 +73,8 @@ class PolicyPasses:
             self._objective.estimates(batch, rewards, of_critic, None if begin is None else begin.logprobs)
             for batch, of_critic, begin in zip(batches, values, start, strict=True)
         ]
-        advantages = self._objective.normalised([one.advantages for one in estimates], self._engine.total)
+        made_of = [part for one in estimates for part in (one.values, one.returns)]
+        advantages = self._objective.normalised([one.advantages for one in estimates], self._engine.total, made_of)
         weighted = tuple(
             replace(batch, weights=(batch.weights * of_token).astype(np.float32))
             for batch, of_token in zip(batches, advantages, strict=True)
@@ -91,8 +95,9 @@ class PolicyPasses:
         weighed: list[Weighed | None] = [None] * len(batches)
 
         def weigh(number: int, logprobs: torch.Tensor) -> torch.Tensor:
-            batch, begin = batches[number], prepared.start[number]
-            weighed[number] = made = self._weighed(batch, _floats(logprobs.cpu()), begin)
+            batch, begin, now = batches[number], prepared.start[number], _floats(logprobs.cpu())
+            before = self._proximal.setdefault(number, now)  # the first update's own pass: no other is made for it
+            weighed[number] = made = self._weighed(batch, now, begin, before)
             assert made is not None
             return logprobs.new_tensor(made.weights)
 
@@ -136,13 +141,14 @@ class PolicyPasses:
             results += row_results(batch, _values(output), begin, None)
         return results
 
-    def _weighed(self, batch: MicroBatch, logprobs: Floats, start: Values | None) -> Weighed | None:
+    def _weighed(
+        self, batch: MicroBatch, logprobs: Floats, start: Values | None, before: Floats | None = None
+    ) -> Weighed | None:
         """None for a linear objective."""
         if self._objective.weigh is None:
             return None
-        return self._objective.weigh(
-            batch, logprobs, np.full_like(logprobs, np.nan) if start is None else start.logprobs
-        )
+        begin = np.full_like(logprobs, np.nan) if start is None else start.logprobs
+        return self._objective.weigh(batch, logprobs, begin, before)
 
 
 class ScorePasses:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from learner.objectives.interface import Floats, Weighed, per_row
+from learner.objectives.interface import Corrected, Floats, Weighed, per_row
 from learner.objectives.reward_model import ends
 from learner.types import MicroBatch, RowResult
 
@@ -49,6 +49,8 @@ def row_results(batch: MicroBatch, values: Values, start: Values | None, weighed
         log_ratio = total(logprobs - start.logprobs)
     mean = total(logprobs) / total(np.ones_like(logprobs))
     gap_sum, entropy_sum = total(gap), total(values.entropy)
+    none = np.zeros(count)
+    corrected = weighed.corrected or Corrected(capped=none, masked=none, weight=none, weight_square=none)
     return [
         RowResult(
             row=row,
@@ -62,6 +64,10 @@ def row_results(batch: MicroBatch, values: Values, start: Values | None, weighed
             kl_sum=float(kl[k]),
             entropy_sum=float(entropy_sum[k]),
             score=math.nan,
+            capped=float(corrected.capped[k]),
+            masked=float(corrected.masked[k]),
+            weight_sum=float(corrected.weight[k]),
+            weight_square_sum=float(corrected.weight_square[k]),
         )
         for k, row in enumerate(batch.rows)
     ]

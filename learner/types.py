@@ -76,7 +76,7 @@ class RowResult:
     penalty: float
     """What the row's KL penalty takes away from the objective."""
     clipped: float
-    """Tokens whose probability ratio was clipped or capped."""
+    """Tokens whose probability ratio was clipped."""
     log_ratio_sum: float
     """Log-probability of the row less the start model's, at the loss temperature; NaN where it was not needed."""
     gap_sum: float
@@ -88,6 +88,13 @@ class RowResult:
     """Sum over tokens of the entropy of the next-token distribution at the loss temperature, in nats."""
     score: float
     """A reward model's score of the row, and then all log-probabilities are NaN; NaN of a policy."""
+    capped: float = 0.0
+    """Tokens whose off-policy weight reached its bound; this and what follows is 0 without a correction."""
+    masked: float = 0.0
+    """Tokens that the correction left out."""
+    weight_sum: float = 0.0
+    """Sum over tokens of the correction's weights."""
+    weight_square_sum: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from configs.schema import LearnerConfig, ModelConfig, RolloutConfig
 from learner.errors import LearnerError
-from learner.objectives.build import build_objective, objective_at
+from learner.objectives.build import objective_at
 from learner.packing import plan
 from learner.passes import PolicyPasses, ScorePasses, Settings
 from learner.results import first_not_finite
@@ -56,7 +56,7 @@ class LearnerRank:
         seed: int,
     ) -> None:
         self._model, self._learner, self._rollout = model, learner, rollout
-        self._objective = build_objective(learner.objective)
+        self._objective = objective_at(1, learner, rollout)
         self._device, self._seed = device, seed
         self._rank, self._world, self._secret = 0, 1, ""
         self._engine: ZeroEngine
@@ -110,7 +110,7 @@ class LearnerRank:
         norm is not finite.
         """
         begun = time.perf_counter()
-        self._objective = objective_at(step, self._learner)
+        self._objective = objective_at(step, self._learner, self._rollout)
         rows = self._objective.rows(groups)
         prompts = _prompts(groups)
         batches = self._plan(rows, prompts)

@@ -15,6 +15,7 @@ from configs.objectives import AnyObjective
 from configs.schema import AttentionKernel
 from learner.model.policy import PolicyModel, build_model, to_tensors
 from learner.objectives.build import build_objective
+from learner.objectives.interface import Objective
 from learner.packing import plan
 from learner.results import Values, row_results
 from learner.types import MicroBatch, RowResult
@@ -42,12 +43,15 @@ def gradients_of(model: torch.nn.Module) -> Gradients:
 
 
 def reference(
-    model: Any, groups: Sequence[ScoredGroup], objective: AnyObjective, temperature: float, start: Any = None
-) -> tuple[float, Gradients]:
-    """The naive loss and its gradients, by autograd."""
+    model: Any, groups: Sequence[ScoredGroup], objective: AnyObjective, temperature: float, start: Any = None,
+    before: Any = None, off_policy: bool = False,
+) -> tuple[float, Gradients]:  # fmt: skip
+    """The naive loss and its gradients, by autograd. `before` is the model at the start of the step."""
     model.zero_grad()
     policy = logprobs_of(model, temperature)
-    loss = naive_loss(objective, groups, policy, policy if start is None else logprobs_of(start, temperature))
+    begin = policy if start is None else logprobs_of(start, temperature)
+    old = None if before is None else logprobs_of(before, temperature)
+    loss = naive_loss(objective, groups, policy, begin, old, off_policy)
     if loss.requires_grad:
         loss.backward()
     return loss.item(), gradients_of(model)
@@ -56,37 +60,41 @@ def reference(
 def learner(
     policy: PolicyModel, groups: Sequence[ScoredGroup], objective: AnyObjective, temperature: float,
     ranks: int = 1, budget: int = 4096, chunk: int = 7, start: PolicyModel | None = None,
-    kernel: AttentionKernel = "auto",
+    kernel: AttentionKernel = "auto", before: PolicyModel | None = None, off_policy: bool = False,
 ) -> tuple[float, Gradients]:  # fmt: skip
-    """What ranks and micro-batches add up to, as learner/worker.py does it; the terms must add up to the loss."""
+    """What ranks and micro-batches add up to, as learner/worker.py does it; the terms must add up to the loss.
+
+    `before` is the policy at the start of the step; None is the step's first update.
+    """
     policy.zero_grad()
-    method = build_objective(objective)
+    method = build_objective(objective, off_policy)
     rows = method.rows(groups)
     prompts = [scored.group.prompt.token_ids for scored in groups]
     results: dict[int, RowResult] = {}
     for batches in plan(rows, prompts, ranks, budget, objective.keeps_pairs, policy.shares_prompts):
         for batch in batches:
-            results |= {one.row: one for one in _one_batch(policy, batch, objective, temperature, chunk, start, kernel)}
+            made = _one_batch(policy, batch, method, temperature, chunk, (start, before), kernel)
+            results |= {one.row: one for one in made}
     loss = -sum(one.gain - one.penalty for one in results.values())
     assert sum(method.terms(groups, rows, results).values()) == pytest.approx(-loss, rel=1e-5, abs=1e-6)
     return loss, gradients_of(policy.hf)
 
 
 def _one_batch(
-    policy: PolicyModel, batch: MicroBatch, objective: AnyObjective, temperature: float, chunk: int,
-    start: PolicyModel | None, kernel: AttentionKernel,
+    policy: PolicyModel, batch: MicroBatch, method: Objective, temperature: float, chunk: int,
+    others: tuple[PolicyModel | None, PolicyModel | None], kernel: AttentionKernel,
 ) -> list[RowResult]:  # fmt: skip
     device = next(policy.parameters()).device
-    tensors, method, begin = to_tensors(batch, device, policy.shares_prompts, kernel), build_objective(objective), None
-    if start is not None:
-        with torch.no_grad():
-            begin = _values(start(tensors, temperature, 1.0, chunk))
+    tensors = to_tensors(batch, device, policy.shares_prompts, kernel)
+    with torch.no_grad():
+        begin, old = (None if one is None else _values(one(tensors, temperature, 1.0, chunk)) for one in others)
     made = []
 
     def weigh(logprobs: torch.Tensor) -> torch.Tensor:
         assert method.weigh is not None
-        nothing = np.full(len(logprobs), np.nan)
-        made.append(method.weigh(batch, logprobs.double().cpu().numpy(), nothing if begin is None else begin.logprobs))
+        now = logprobs.double().cpu().numpy()
+        asked = np.full(len(now), np.nan) if begin is None else begin.logprobs
+        made.append(method.weigh(batch, now, asked, None if old is None else old.logprobs))
         return torch.tensor(made[0].weights, dtype=torch.float32, device=device)
 
     output = policy(tensors, temperature, 1.0, chunk, weigh if method.weigh else None)

@@ -8,6 +8,7 @@ import torch
 
 from configs.objectives import PpoObjective
 from reward.types import ScoredGroup
+from tests.naive_loss import naive_factor, naive_surrogate
 
 Values = Callable[[Sequence[int], Sequence[int]], torch.Tensor]
 """(prompt, answer [T]) -> f64[T] log-probabilities or values by token, or f64[] the score of the whole answer."""
@@ -47,15 +48,17 @@ def naive_estimates(
 
 def naive_ppo(
     config: PpoObjective, groups: Sequence[ScoredGroup], logprobs: Values, values: Values,
-    estimates: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    estimates: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], before: Values | None = None,
+    off_policy: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Losses of policy and critic, averaged over all tokens."""
+    """Losses of policy and critic, averaged over all tokens. `before` and `off_policy` as in naive_loss."""
     of_policy, of_critic, count = [], [], 0
     samples = [(g.group.prompt.token_ids, s) for g in groups for s in g.group.samples]
     for (prompt, sample), (a, returns, old) in zip(samples, estimates, strict=True):
-        ratio = torch.exp(logprobs(prompt, sample.token_ids) - torch.tensor(sample.logprobs, dtype=torch.float64))
-        assert config.clip is not None
-        of_policy.append(torch.minimum(ratio * a, ratio.clamp(1 - config.clip, 1 + config.clip) * a).sum())
+        lp = logprobs(prompt, sample.token_ids)
+        proximal = lp.detach() if before is None else before(prompt, sample.token_ids).detach()
+        f = naive_factor(config, proximal - torch.tensor(sample.logprobs, dtype=torch.float64), off_policy)
+        of_policy.append((a * naive_surrogate(config, lp, proximal, f, a)).sum())
         v = values(prompt, sample.token_ids)
         loss = (v - returns) ** 2
         if config.value_clip is not None:

@@ -91,22 +91,25 @@ def of_samples(groups: Sequence[ScoredGroup], version: int, objective: Objective
 
 
 def forward(rows: Sequence[Row], results: Mapping[int, RowResult], sampled: bool = True) -> dict[str, float]:
-    """What the learner's forward pass says of the rows, before the update. sampled: whether the groups have samples."""
+    """What the learner's forward pass says of the rows, before the update. sampled: whether the groups have samples.
+
+    Rows that nothing is learnt from are not computed (of groups without signal, for most objectives), hence the names.
+    """
     samples = [(row, results[index]) for index, row in enumerate(rows) if row.kind == "sample"]
     references = [results[index] for index, row in enumerate(rows) if row.kind == "reference"]
     if results and all(math.isnan(result.mean_logprob) for result in results.values()):
         return {}  # of a reward model
     if not sampled:
-        return {"logprob/reference_mean": mean(result.mean_logprob for result in references)}
+        return {"logprob/trained_reference_mean": mean(result.mean_logprob for result in references)}
     tokens = sum(len(row.token_ids) for row, _ in samples)
     kl = [result.kl_sum for _, result in samples]
-    asked = {} if all(map(math.isnan, kl)) else {"kl/mean": _ratio(sum(kl), tokens)}
+    asked = {} if all(map(math.isnan, kl)) else {"kl/trained_mean": _ratio(sum(kl), tokens)}
     return {
-        "logprob/sample_mean": mean(result.mean_logprob for _, result in samples),
-        "logprob/reference_mean": mean(result.mean_logprob for result in references),
-        "gap/mean": _ratio(sum(result.gap_sum for _, result in samples), tokens),
-        "gap/max": max((result.gap_max for _, result in samples), default=math.nan),
-        "entropy/mean": _ratio(sum(result.entropy_sum for _, result in samples), tokens),
+        "logprob/trained_sample_mean": mean(result.mean_logprob for _, result in samples),
+        "logprob/trained_reference_mean": mean(result.mean_logprob for result in references),
+        "gap/trained_mean": _ratio(sum(result.gap_sum for _, result in samples), tokens),
+        "gap/trained_max": max((result.gap_max for _, result in samples), default=math.nan),
+        "entropy/trained_mean": _ratio(sum(result.entropy_sum for _, result in samples), tokens),
         **asked,
     }
 

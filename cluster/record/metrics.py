@@ -254,7 +254,7 @@ def _append(file: FileIO, record: Mapping[str, Any]) -> None:
 
 
 def _finite(record: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The record without its non-finite numbers, and their names, e.g. 'metrics/gap/mean'."""
+    """The record without its non-finite numbers, and their names, e.g. 'metrics/gap/trained_mean'."""
     kept: dict[str, Any] = {}
     lost: list[str] = []
     for name, value in record.items():

@@ -78,7 +78,7 @@ class Report:
             f"{self._elapsed()}  step {report.step:>4}/{self._steps}  {self._what} {score:6.3f}"
             + (f"  reference {metrics['reward/reference_mean']:6.3f}" if "reward/reference_mean" in metrics else "")
             + f"  terms {shares}  grad {report.grad_norm:8.3g}"
-            + (f"  gap {metrics['gap/mean']:.1e}" if "gap/mean" in metrics else "")
+            + (f"  gap {metrics['gap/trained_mean']:.1e}" if "gap/trained_mean" in metrics else "")
             + f"  {total:5.1f} s"
         )
 

@@ -24,7 +24,7 @@ from cluster.workers.placement import Cluster
 from cluster.workers.transport import connect
 from configs.rewards import LONGEST_GROUP_S, RewardConfig
 from configs.schema import Config
-from learner.objectives.build import build_objective, objective_at
+from learner.objectives.build import objective_at
 from learner.objectives.interface import Objective
 from learner.types import RankReport, RowResult
 from reward.types import ScoredGroup
@@ -193,7 +193,9 @@ class Run:
         self, step: int, groups: Sequence[ScoredGroup], reports: Sequence[RankReport], seconds: Mapping[str, float]
     ) -> None:
         """Record one update everywhere it is shown."""
-        report = step_report(step, groups, reports, objective_at(step, self.config.learner), seconds)
+        report = step_report(
+            step, groups, reports, objective_at(step, self.config.learner, self.config.rollout), seconds
+        )
         report = replace(report, metrics={**report.metrics, **await self.rewards.counts()})
         self.metrics.step(report)
         if self.config.run.write_samples and groups[0].group.samples:
@@ -252,7 +254,7 @@ async def open_run(
             rollouts=rollouts,
             rewards=rewards,
             learner=learner,
-            objective=build_objective(config.learner.objective),
+            objective=objective_at(1, config.learner, config.rollout),
             metrics=metrics,
             report=report,
             start_rewards=start_rewards(read_lines(folder.evaluations)),

@@ -20,6 +20,7 @@ from cluster.run.signals import cancel_on_signals
 from cluster.run.state import RunState, check_data, compare
 from configs.load import ConfigError, as_tree, fingerprint, parse, read_yaml, resolved
 from configs.schema import Config
+from learner.objectives.describe import describe_corrections
 from rollout.data.prompts import PromptSet, load_prompts
 
 
@@ -43,7 +44,7 @@ async def run_session(config: Config, resume: bool) -> None:
         write_whole(folder.config, resolved(config))
         what = "reward" if config.learner.objective.online else "objective"
         with Report(config.learner.steps, state.step, what) as report:
-            for note in [*_bad_rows(prompts, folder), *notes]:
+            for note in [*_bad_rows(prompts, folder), *notes, *describe_corrections(config)]:
                 report.note(note)
             report.recall(read_lines(folder.steps), read_lines(folder.evaluations))
             async with open_run(config, folder, checkpoints, prompts, state, report) as run:

@@ -31,7 +31,7 @@ class Dpo:
     def rows(self, groups: Sequence[ScoredGroup]) -> list[Row]:
         return pair_rows(groups)
 
-    def weigh(self, batch: MicroBatch, logprobs: Floats, start: Floats) -> Weighed:
+    def weigh(self, batch: MicroBatch, logprobs: Floats, start: Floats, proximal: Floats | None = None) -> Weighed:
         share = per_row(batch, batch.weights.astype(np.float64))  # 1/B of a chosen answer, -1/B of a rejected one
         slope, gain = preference(batch, share, self._beta * per_row(batch, logprobs - start))
         return weighed((self._beta * slope)[batch.row_of], gain)

@@ -20,12 +20,22 @@ that group, its formula does not, so both readings are offered:
     samples                           mean and std over the G samples, applied to the reference too.
                                       sum_i A_i = 0, so c_y = beta A_y.
 
-Where the paper is silent: std = 0 means all advantages are 0; such a group has no signal, gives no rows, and still
-counts. The one global count that every weight is divided by is the number of groups of the step, those without signal
-included. Samples that are all equal do carry signal (in the default reading) where the reference scores differently.
+Where the paper is silent: rewards that are equal up to rounding (learner/objectives/signal.py) have no std, and all
+advantages are 0; such a group has no signal, gives no rows, and still counts. The one global count that every weight is
+divided by is the number of groups of the step, those without signal included. Samples that are all equal do carry
+signal (in the default reading) where the reference scores differently.
 
-Not in the paper and off by default: off-policy samples are clipped or capped (learner/objectives/ratio.py), advantages
-are cut to [-a, a] before weights are formed, weights below 0 are scaled, beta moves over the run.
+No group owns a step. A standardised value among n is at most sqrt(n - 1) in size, so in the default reading all
+advantages lie within sqrt(G). In the other one the reference is measured by a mean and a std that it has no part in,
+and (R_y - mean) / std has no bound: it is held within sqrt(G) too, which leaves the paper's formula alone wherever the
+other reading could give as much. With sum |A_i| <= sqrt(G sum A_i^2) the sizes of a group's weights then add up to at
+most, B groups in the step,
+
+    samples_and_reference    [ (alpha + lambda) sqrt((G + 1)/G) + (beta + lambda/G) sqrt(G) ] / B
+    samples                  [ (alpha + lambda) + beta sqrt(G) ] / B
+
+Not in the paper: off-policy samples are corrected, and clipped where asked for (learner/objectives/ratio.py); off by
+default: advantages are cut to [-a, a] before weights are formed, weights below 0 are scaled, beta moves over the run.
 """
 
 from __future__ import annotations
@@ -38,36 +48,39 @@ from typing import Literal
 
 from configs.objectives import GraoObjective
 from learner.objectives.interface import Advantages, Weigh
-from learner.objectives.ratio import ratio_of
+from learner.objectives.ratio import ratio_metrics, ratio_of
+from learner.objectives.signal import FLOOR, has_signal
 from learner.types import Row, RowResult
 from reward.types import ScoredGroup
 
 AdvantageGroup = Literal["samples_and_reference", "samples"]
 
 
-def advantages(rewards: Sequence[float], reference_reward: float, advantage_group: AdvantageGroup) -> Advantages:
+def advantages(
+    rewards: Sequence[float], reference_reward: float, advantage_group: AdvantageGroup, signal_floor: float = FLOOR
+) -> Advantages:
     """Eq. 4 for one group: `rewards` [G] of the samples, one of the reference; all finite."""
     pool = [*rewards, reference_reward] if advantage_group == "samples_and_reference" else list(rewards)
-    # Sums of rewards that are equal on paper (0.1 + 0.2 and 0.3) differ by rounding, and dividing by the std would
-    # blow that noise up to full-sized advantages.
-    if math.isclose(min(pool), max(pool), rel_tol=1e-9, abs_tol=1e-12):
+    if not has_signal(pool, [reference_reward], signal_floor):
         return Advantages(samples=(0.0,) * len(rewards), reference=0.0, has_signal=False)
     mean, std = statistics.mean(pool), statistics.pstdev(pool)
+    bound = math.sqrt(len(rewards))
     return Advantages(
         samples=tuple((reward - mean) / std for reward in rewards),
-        reference=(reference_reward - mean) / std,
+        reference=max(-bound, min(bound, (reference_reward - mean) / std)),
         has_signal=True,
     )
 
 
 class Grao:
-    def __init__(self, config: GraoObjective) -> None:
+    def __init__(self, config: GraoObjective, off_policy: bool = False) -> None:
         self._config = config
-        linear = config.clip is None and config.importance_cap is None
-        self.weigh: Weigh | None = None if linear else ratio_of(config)
+        corrects = config.correction.applies(off_policy)
+        self.weigh: Weigh | None = ratio_of(config, off_policy) if corrects or config.clip is not None else None
 
     def advantages(self, scored: ScoredGroup) -> Advantages:
-        found = advantages(scored.rewards, scored.reference_reward, self._config.advantage_group)
+        group, floor = self._config.advantage_group, self._config.signal_floor
+        found = advantages(scored.rewards, scored.reference_reward, group, floor)
         clip = self._config.advantage_clip
         if clip is None:
             return found
@@ -118,9 +131,7 @@ class Grao:
         return {"exploration": exploration, "imitation": imitation, "regulariser": regulariser}
 
     def metrics(self, rows: Sequence[Row], results: Mapping[int, RowResult]) -> dict[str, float]:
-        tokens = sum(len(row.token_ids) for row in rows if row.kind == "sample")
-        clipped = math.fsum(result.clipped for result in results.values())
-        return {"ratio/clipped": clipped / tokens if tokens else math.nan} if self.weigh else {}
+        return ratio_metrics(self.weigh, rows, results)
 
     def _limited(self, weight: float) -> float:
         return weight if weight >= 0 else weight * self._config.negative_scale

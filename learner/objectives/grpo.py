@@ -1,16 +1,16 @@
 """GRPO: better samples up, worse ones down, near the start model. Pure Python.
 
-Source: "DeepSeekMath" (arXiv 2402.03300), Eq. 3 and 4, with one update per batch. For a prompt with samples o_1..o_G
-and rewards r_1..r_G maximise
+Source: "DeepSeekMath" (arXiv 2402.03300), Eq. 3 and 4. For a prompt with samples o_1..o_G and rewards r_1..r_G maximise
 
-    (1/G) sum_i (1/|o_i|) sum_t [ min(rho A_i, clip(rho, 1 - eps, 1 + eps) A_i) - kl * k3 ]
+    (1/G) sum_i (1/|o_i|) sum_t f [ min(rho A_i, clip(rho, 1 - eps, 1 + eps) A_i) - kl * k3 ]
 
     A_i = (r_i - mean(r)) / std(r)           over the G samples alone; population std
-    rho = pi(o_it) / mu(o_it)                mu: the rollout's own probability of the token, so no second forward pass
+    rho = pi(o_it) / pi_old(o_it)            pi_old: the learner before the step's first update
     k3  = s/p - log(s/p) - 1                 p, s: the policy's and the start model's probability of the token
+    f                                        corrects off-policy samples (learner/objectives/ratio.py), else 1
 
-averaged over the prompts of the step, those without signal (equal rewards) included: these still feel the penalty.
-The reference answer is not used.
+averaged over the prompts of the step, those without signal (rewards equal up to rounding, learner/objectives/signal.py)
+included: these still feel the penalty. The reference answer is not used.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from collections.abc import Mapping, Sequence
 
 from configs.objectives import GrpoObjective
 from learner.objectives.interface import Advantages, Weigh
-from learner.objectives.ratio import ratio_of
+from learner.objectives.ratio import ratio_metrics, ratio_of
+from learner.objectives.signal import has_signal
 from learner.types import Row, RowResult
 from reward.types import ScoredGroup
 
 
 class Grpo:
-    def __init__(self, config: GrpoObjective) -> None:
+    def __init__(self, config: GrpoObjective, off_policy: bool = False) -> None:
         self._config = config
-        linear = config.clip is None and config.importance_cap is None and config.kl == 0
-        self.weigh: Weigh | None = None if linear else ratio_of(config)
+        linear = config.clip is None and config.kl == 0 and not config.correction.applies(off_policy)
+        self.weigh: Weigh | None = None if linear else ratio_of(config, off_policy)
 
     def advantages(self, scored: ScoredGroup) -> Advantages:
         pool = scored.rewards
-        # equal on paper may differ by rounding, which the division by the std would blow up
-        if math.isclose(min(pool), max(pool), rel_tol=1e-9, abs_tol=1e-12):
+        if not has_signal(pool, [scored.reference_reward], self._config.signal_floor):
             return Advantages(samples=(0.0,) * len(pool), reference=0.0, has_signal=False)
         mean = statistics.mean(pool)
         std = statistics.pstdev(pool) if self._config.normalise_std else 1.0
@@ -66,6 +66,4 @@ class Grpo:
         return {**found, "kl": -math.fsum(one.penalty for one in results.values())} if self._config.kl else found
 
     def metrics(self, rows: Sequence[Row], results: Mapping[int, RowResult]) -> dict[str, float]:
-        tokens = sum(len(row.token_ids) for row in rows)
-        clipped = math.fsum(result.clipped for result in results.values())
-        return {"ratio/clipped": clipped / tokens if tokens else math.nan} if self.weigh else {}
+        return ratio_metrics(self.weigh, rows, results)

@@ -30,7 +30,20 @@ class Advantages:
     reference: float
     """A_y; 0 for an objective that does not compare the reference."""
     has_signal: bool
-    """False where the rewards that mean and std are taken over are all equal; then every advantage is 0."""
+    """False where the rewards that mean and std are taken over are equal up to rounding; every advantage is then 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corrected:
+    """What the correction of a micro-batch's sample tokens amounts to, all f64[R] sums over each row's tokens."""
+
+    capped: Floats
+    """Tokens whose weight reached its bound."""
+    masked: Floats
+    """Tokens that were left out."""
+    weight: Floats
+    """Of the weights; 0 for a reference."""
+    weight_square: Floats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,14 +57,17 @@ class Weighed:
     penalty: Floats
     """f64[R] what each row's KL penalty takes away."""
     clipped: Floats
-    """f64[R] tokens of each row whose ratio was clipped or capped."""
+    """f64[R] tokens of each row whose ratio was clipped."""
+    corrected: Corrected | None = None
+    """None where nothing is corrected."""
 
 
 class Weigh(Protocol):
     """The step of an objective that needs log-probabilities before it knows its weights."""
 
-    def __call__(self, batch: MicroBatch, logprobs: Floats, start: Floats) -> Weighed:
-        """f64[M] log-probabilities at the loss temperature, of the policy and of the start model (NaN without one)."""
+    def __call__(self, batch: MicroBatch, logprobs: Floats, start: Floats, proximal: Floats | None = None) -> Weighed:
+        """f64[M] log-probabilities at the loss temperature: of the policy, of the start model (NaN without one), and of
+        the policy before the step's first update (None in that update)."""
 
 
 class Objective(Protocol):

@@ -10,13 +10,16 @@ the state before the token,
     A_t     = sum_k (gamma lambda)^k delta_t+k                  GAE
     R_t     = A_t + V(s_t)                                      what the critic should have said
 
-maximise for the policy    min(rho A_t, clip(rho, 1 - eps, 1 + eps) A_t),   rho = exp(p_t - mu_t)
+maximise for the policy    f min(rho A_t, clip(rho, 1 - eps, 1 + eps) A_t),   rho = exp(p_t - q_t)
 minimise for the critic    max((v - R_t)^2, (clip(v, V - c, V + c) - R_t)^2) / 2
 
-both averaged over all sample tokens of the step: their number is the one global count. Advantages are brought to mean
-0 and standard deviation 1 over the same tokens where asked for. V, A and R are of the parameters before the step's
-first update and stay for all of its updates; without a second one neither clip is ever reached. A sample that was cut
-at the token limit counts as ended there. Samples of a group share nothing: the reference answer is not used.
+both averaged over all sample tokens of the step: their number is the one global count. q is the policy's before the
+step's first update, and f corrects what lies between that and mu (learner/objectives/ratio.py), else it is 1.
+Advantages are brought to mean 0 and standard deviation 1 over the same tokens where asked for, unless they differ by no
+more than rounding, relative to the root mean square of advantages, values and returns: then all are 0. V, A and R are
+of the parameters before the step's first update and stay for all of its updates; without a second one neither clip is
+ever reached. A sample that was cut at the token limit counts as ended there. Samples of a group share nothing: the
+reference answer is not used.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ import numpy as np
 
 from configs.objectives import PpoObjective
 from learner.objectives.interface import Advantages, Floats, Weigh, per_row
-from learner.objectives.ratio import ratio_of
+from learner.objectives.ratio import ratio_metrics, ratio_of
+from learner.objectives.signal import LEFT_OF_A_SUM
 from learner.types import CriticRow, MicroBatch, Row, RowResult
 from reward.types import ScoredGroup
 
@@ -47,9 +51,9 @@ class Estimates:
 
 
 class Ppo:
-    def __init__(self, config: PpoObjective) -> None:
+    def __init__(self, config: PpoObjective, off_policy: bool = False) -> None:
         self._config = config
-        self.weigh: Weigh | None = ratio_of(config)
+        self.weigh: Weigh | None = ratio_of(config, off_policy)
 
     def rows(self, groups: Sequence[ScoredGroup]) -> list[Row]:
         """Every sample; weighted so that each token of a micro-batch weighs 1 over the number of sample tokens."""
@@ -91,16 +95,22 @@ class Ppo:
             found[t], value_after = following, values[t]
         return found
 
-    def normalised(self, advantages: Sequence[Floats], total: Callable[[Floats], Floats]) -> list[Floats]:
-        """Advantages of this rank's micro-batches as the policy uses them. `total` adds over the ranks: all call it."""
+    def normalised(
+        self, advantages: Sequence[Floats], total: Callable[[Floats], Floats], made_of: Sequence[Floats] = ()
+    ) -> list[Floats]:
+        """Advantages of this rank's micro-batches as the policy uses them. `total` adds over the ranks: all call it.
+
+        `made_of` are values and returns, whose differences advantages are: they tell what rounding amounts to.
+        """
         if not self._config.normalise_advantages:
             return list(advantages)
         count = total(np.array([sum(map(len, advantages))], dtype=np.float64))[0]
         mean = total(np.array([sum(map(np.sum, advantages))], dtype=np.float64))[0] / count
         squares = total(np.array([sum(np.square(a - mean).sum() for a in advantages)], dtype=np.float64))[0]
-        std = math.sqrt(squares / count)
-        # equal on paper may differ by rounding, which must not be blown up
-        scale = 1 / std if std > 1e-9 * max(1.0, abs(mean)) else 0.0
+        parts = (*advantages, *made_of)
+        sizes = total(np.array([sum(np.square(one).sum() for one in parts), sum(map(len, parts))], dtype=np.float64))
+        std, size = math.sqrt(squares / count), math.sqrt(sizes[0] / sizes[1])
+        scale = 1 / std if std > max(self._config.signal_floor * size, LEFT_OF_A_SUM) else 0.0
         return [(a - mean) * scale for a in advantages]
 
     def weigh_values(self, batch: MicroBatch, values: Floats, of: Estimates) -> Floats:
@@ -150,5 +160,4 @@ class Ppo:
         return {"policy": math.fsum(result.gain for result in results.values())}
 
     def metrics(self, rows: Sequence[Row], results: Mapping[int, RowResult]) -> dict[str, float]:
-        tokens = sum(len(row.token_ids) for row in rows)
-        return {"ratio/clipped": math.fsum(result.clipped for result in results.values()) / tokens}
+        return ratio_metrics(self.weigh, rows, results)

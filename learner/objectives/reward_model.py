@@ -36,7 +36,7 @@ class RewardModel:
     def rows(self, groups: Sequence[ScoredGroup]) -> list[Row]:
         return pair_rows(groups, ending=(NEVER_SEEN,))
 
-    def weigh(self, batch: MicroBatch, values: Floats, start: Floats) -> Weighed:
+    def weigh(self, batch: MicroBatch, values: Floats, start: Floats, proximal: Floats | None = None) -> Weighed:
         """`values` f64[M]; there is no start model."""
         last = ends(batch)
         weights = np.zeros(len(values))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from learner.schedule import learning_rate
 from reward.types import ScoredGroup
 from rollout.types import Group, Prompt, Sample
 from tests.loss_cases import logprobs_of
-from tests.naive_loss import naive_loss
+from tests.naive_loss import LogProbs, naive_loss
 
 
 def random_group(
@@ -95,9 +96,17 @@ class Reference:
         )
 
     def step(self, step: int, groups: Sequence[ScoredGroup]) -> tuple[float, float, dict[str, torch.Tensor]]:
-        """One update: (loss, norm before clipping, gradients before clipping)."""
+        """The step's updates: (loss, norm before clipping, gradients before clipping).
+
+        Loss and gradients are the first update's, the norm is the mean of all.
+        """
+        before = logprobs_of(copy.deepcopy(self.model), self._temperature)
+        found = [self._update(step, self.loss(groups, before)) for _ in range(self._learner.updates_per_step)]
+        loss, _, gradients = found[0]
+        return loss, sum(norm for _, norm, _ in found) / len(found), gradients
+
+    def _update(self, step: int, loss: torch.Tensor) -> tuple[float, float, dict[str, torch.Tensor]]:
         self._optimizer.zero_grad()
-        loss = self.loss(groups)
         loss.backward()
         for parameter in self.model.parameters():  # of an expert that no token was sent to
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -108,12 +117,15 @@ class Reference:
         self._optimizer.step()
         return float(loss.detach()), float(norm), gradients
 
-    def loss(self, groups: Sequence[ScoredGroup]) -> torch.Tensor:
-        """Minus the objective, by tests/naive_loss.py."""
-        o = self._learner.objective
-        temperature = self._rollout.temperature if o.loss_temperature == "rollout" else 1.0
-        policy, start = (logprobs_of(model, temperature) for model in (self.model, self._start))
-        return naive_loss(o, groups, policy, start)
+    def loss(self, groups: Sequence[ScoredGroup], before: LogProbs | None = None) -> torch.Tensor:
+        """Minus the objective, by tests/naive_loss.py. before: the policy at the start of the step."""
+        policy, start = (logprobs_of(model, self._temperature) for model in (self.model, self._start))
+        off_policy = bool(self._learner.off_policy(self._rollout))
+        return naive_loss(self._learner.objective, groups, policy, start, before, off_policy)
+
+    @property
+    def _temperature(self) -> float:
+        return self._rollout.temperature if self._learner.objective.loss_temperature == "rollout" else 1.0
 
     def logprobs(self, prompt: tuple[int, ...], answer: tuple[int, ...], temperature: float) -> torch.Tensor:
         """f64[T]"""

@@ -63,7 +63,7 @@ def test_a_submitted_job_runs_on_two_nodes_with_token_authentication(tiny_model:
     steps = lines(folder / "steps.jsonl")
     assert len(steps) == 3
     # the first step samples from the start model, the others from what came over the network
-    assert max(step["metrics"]["gap/mean"] for step in steps) < 1e-4
+    assert max(step["metrics"]["gap/trained_mean"] for step in steps) < 1e-4
     assert (folder / "model" / "model.safetensors").is_file()
 
 

@@ -25,7 +25,7 @@ async def gaps(run: Run, first: int, last: int, missed: int | None) -> list[floa
         sampling = Sampling(samples=4, temperature=0.7, top_p=1.0, max_new_tokens=12, stop=(), seed=seed_of(0, step))
         groups = [await sample_and_score(run, prompt, sampling) for prompt in run.prompts.train[:2]]
         reports = await run.learner.train_step(step, groups)
-        found.append(step_report(step, groups, reports, run.objective, {}).metrics["gap/mean"])
+        found.append(step_report(step, groups, reports, run.objective, {}).metrics["gap/trained_mean"])
         if step != missed:
             await run.make_live(step)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from configs.objectives import AnyObjective, DpoObjective, GraoObjective, GrpoObjective, SftObjective
+from configs.objectives import AnyObjective, Correction, DpoObjective, GraoObjective, GrpoObjective, SftObjective
 from configs.schema import LearnerConfig, RolloutConfig
 from learner.errors import LearnerError
 from learner.objectives.build import build_objective
@@ -160,16 +161,65 @@ def test_every_coefficient_and_both_readings(
 @pytest.mark.parametrize(
     "objective",
     [
-        GraoObjective(clip=0.2),
-        GraoObjective(importance_cap=2.0),
-        GrpoObjective(name="grpo"),
+        GraoObjective(clip=0.2, correction=Correction(weight="geometric", mask="sequence", mask_low=0, mask_high=1e3)),
+        GraoObjective(correction=Correction(mask="token", mask_low=0.1, mask_high=8)),
+        GraoObjective(correction=Correction(weight="sequence", mask="geometric", mask_low=0.1, mask_high=8)),
+        GrpoObjective(name="grpo", correction=Correction(cap=1.5)),
         SftObjective(name="sft"),
         DpoObjective(name="dpo"),
     ],
-    ids=["grao clipped", "grao capped", "grpo", "sft", "dpo"],
+    ids=["grao clipped", "grao, token mask", "grao, sequence weights", "grpo", "sft", "dpo"],
 )
 def test_every_objective(run: Run, objective: AnyObjective, tmp_path: Path) -> None:
+    """The rollout's log-probabilities are random, so every correction has much to do."""
     assert_first_step(run, objective, tmp_path)
+
+
+@pytest.mark.parametrize("objective", [GraoObjective(), GraoObjective(clip=0.02)], ids=["plain", "clipped"])
+def test_further_updates_are_corrected_and_compared_with_the_first(
+    run: Run, objective: GraoObjective, tmp_path: Path
+) -> None:
+    """The clip's anchor is the first update's own forward pass, micro-batch by micro-batch."""
+    run.reset()
+    learner = LEARNER.model_copy(update={"objective": objective, "updates_per_step": 2})
+    reference = Reference(run.model, learner, ROLLOUT)
+    run.ranks.call(use_learner, learner)
+    try:
+        for step in (1, 2):
+            groups = as_sampled(random_step(30 + step), reference)
+            loss, norm, _ = reference.step(step, groups)
+            reports = run.step(step, groups)
+            assert [report.grad_norm for report in reports] == pytest.approx([norm] * len(reports), rel=1e-4)
+            results = [row for report in reports for row in report.rows]
+            assert -sum(row.gain for row in results) == pytest.approx(loss, rel=1e-4)
+    finally:
+        run.ranks.call(use_learner, LEARNER)
+    assert min(report.micro_batches for report in reports) > 1
+    assert sum(row.weight_sum for row in results) > 0, "the first update should be corrected too"
+    assert (sum(row.clipped for row in results) > 0) == (objective.clip is not None)
+    state = run.state(tmp_path / "state")
+    for name, parameter in reference.model.named_parameters():
+        assert relative(state["master"][name], parameter.detach()) < 1e-5, name
+
+
+def use_learner(rank: LearnerRank, learner: LearnerConfig) -> None:
+    rank._learner = learner
+    rank._objective = build_objective(learner.objective)
+
+
+def as_sampled(groups: list[ScoredGroup], reference: Reference) -> list[ScoredGroup]:
+    """With log-probabilities that an engine with rounding of its own would have found."""
+    noise, made = random.Random(0), []
+    for scored in groups:
+        prompt = scored.group.prompt.token_ids
+        with torch.no_grad():
+            found = [reference.logprobs(prompt, one.token_ids, 0.7).tolist() for one in scored.group.samples]
+        samples = tuple(
+            replace(one, logprobs=tuple(lp + noise.gauss(0, 0.1) for lp in lps))
+            for one, lps in zip(scored.group.samples, found, strict=True)
+        )
+        made.append(replace(scored, group=replace(scored.group, samples=samples)))
+    return made
 
 
 def test_measuring_gives_the_loss_and_changes_nothing(run: Run, tmp_path: Path) -> None:
@@ -340,8 +390,6 @@ def test_rows_say_what_the_reference_says(run: Run) -> None:
 
 def test_a_step_without_signal_changes_nothing(run: Run, tmp_path: Path) -> None:
     run.reset()
-    import random
-
     groups = [random_group(n, random.Random(n), 4, rewards=[1.0] * 5) for n in range(3)]
     run.step(1, random_step(1))
     before = run.state(tmp_path / "before")
@@ -356,8 +404,6 @@ def test_a_step_without_signal_changes_nothing(run: Run, tmp_path: Path) -> None
 
 def test_fewer_rows_than_ranks(run: Run, tmp_path: Path) -> None:
     run.reset()
-    import random
-
     # the samples' own mean is 0 and only the reference differs: with alpha and lambda on all rows have weight
     groups = [random_group(0, random.Random(5), 2)]
     reference = Reference(run.model, LEARNER, ROLLOUT)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.objectives import DpoObjective, GraoObjective, GrpoObjective
+from configs.objectives import Correction, DpoObjective, GraoObjective, GrpoObjective
 from configs.schema import ModelConfig
 from learner.errors import LearnerError
 from learner.worker import LearnerRank
@@ -33,7 +33,12 @@ def test_ranks_that_share_micro_batches(odd_model: Path, tmp_path: Path) -> None
     for run in started(odd_model, tmp_path, world=2, sequence_ranks=2):
         for name, objective in (
             ("linear", OBJECTIVE),
-            ("clipped", GraoObjective(clip=0.2)),
+            (
+                "corrected",
+                GraoObjective(
+                    clip=0.2, correction=Correction(weight="sequence", mask="geometric", mask_low=0.1, mask_high=8)
+                ),
+            ),
             ("grpo", GrpoObjective(name="grpo")),
             ("dpo", DpoObjective(name="dpo")),
         ):

@@ -49,9 +49,11 @@ def test_grpo_raises_its_reward(tiny_model: Path, tmp_path: Path) -> None:
     steps = [step["metrics"] for step in lines(folder / "steps.jsonl")]
     rewards = [step["reward/mean"] for step in steps]
     assert sum(rewards[-4:]) > sum(rewards[:4]) + 4 * 0.05  # shorter answers, against the pull to the start model
-    # one update per batch: the ratio to the rollout is 1 up to rounding
+    # one update per batch: the learner's ratio to itself is 1
     assert max(step["ratio/clipped"] for step in steps) == 0
-    assert max(step["gap/mean"] for step in steps) < 1e-4
+    assert "samples are on-policy: the objective's plain form" in done.stdout
+    assert "correction/weight_mean" not in steps[0]
+    assert max(step["gap/trained_mean"] for step in steps) < 1e-4
 
 
 def test_ppo_raises_its_reward_and_its_critic_learns(tiny_model: Path, tmp_path: Path) -> None:
@@ -69,7 +71,9 @@ def test_ppo_raises_its_reward_and_its_critic_learns(tiny_model: Path, tmp_path:
     assert steps[-1]["critic/loss"] < 0.3 * steps[0]["critic/loss"]
     assert abs(steps[-1]["critic/bias"]) < 0.5 * abs(steps[0]["critic/bias"])
     assert max(step["ratio/clipped"] for step in steps) > 0  # by the second updates
-    assert max(step["gap/mean"] for step in steps) < 1e-4
+    assert "samples are off-policy (learner.updates_per_step 2): each token's weight is times its ratio" in done.stdout
+    assert all(step["correction/weight_mean"] == pytest.approx(1, abs=1e-3) for step in steps)  # of first updates
+    assert max(step["gap/trained_mean"] for step in steps) < 1e-4
     assert "advantage" not in lines(folder / "samples.jsonl")[0]["answers"][0]
 
 

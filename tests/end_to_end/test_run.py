@@ -27,7 +27,7 @@ def test_a_whole_run_learns_and_leaves_everything(learned: tuple[Path, str]) -> 
     steps = lines(folder / "steps.jsonl")
     assert [step["step"] for step in steps] == list(range(1, 25))
     # float32 on both sides: what the learner and the engine say of the same tokens differs by rounding only
-    gaps = [step["metrics"]["gap/mean"] for step in steps if step["metrics"]["group/without_signal"] < 1]
+    gaps = [step["metrics"]["gap/trained_mean"] for step in steps if step["metrics"]["group/without_signal"] < 1]
     assert len(gaps) >= 5  # once the task is solved all rewards are equal, and there is nothing to compute
     assert max(gaps) < 1e-4
     assert sum(step["metrics"]["reward/mean"] for step in steps[-4:]) > 4 * 0.5

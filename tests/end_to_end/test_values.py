@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -88,13 +90,16 @@ class Trained:
 
 
 def near(groups: Sequence[ScoredGroup], logprobs: Values) -> list[ScoredGroup]:
-    """With the policy's own log-probabilities as the rollout's: an on-policy step."""
-    made = []
+    """With the policy's own log-probabilities as the rollout's, but for an engine's rounding."""
+    noise, made = random.Random(1), []
     for scored in groups:
         prompt = scored.group.prompt.token_ids
         with torch.no_grad():
             samples = tuple(
-                replace(one, logprobs=tuple(logprobs(prompt, one.token_ids).tolist())) for one in scored.group.samples
+                replace(
+                    one, logprobs=tuple(lp + noise.gauss(0, 0.1) for lp in logprobs(prompt, one.token_ids).tolist())
+                )
+                for one in scored.group.samples
             )
         made.append(replace(scored, group=replace(scored.group, samples=samples)))
     return made
@@ -138,8 +143,9 @@ def test_ppo_with_its_critic(ppo_ranks: Ranks, tiny_model: Path, tmp_path: Path)
         steps.append(groups)
         estimates = naive_estimates(PPO, groups, values, start)
         norms = []
+        before = logprobs_of(copy.deepcopy(policy.model), ROLLOUT.temperature)
         for _ in range(LEARNER.updates_per_step):
-            of_policy, of_critic = naive_ppo(PPO, groups, logprobs, values, estimates)
+            of_policy, of_critic = naive_ppo(PPO, groups, logprobs, values, estimates, before, off_policy=True)
             norms.append((policy.update(step, of_policy), critic.update(step, of_critic)))
         reports: list[RankReport] = ppo_ranks.call(LearnerRank.train_step, step, groups)
         for report in reports:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs.objectives import GraoObjective
+from configs.objectives import GraoObjective, GrpoObjective
 from configs.schema import LearnerConfig
 from learner.objectives import grao
 from learner.objectives.build import objective_at
 from learner.objectives.grao import Grao
+from learner.objectives.grpo import Grpo
+from learner.objectives.interface import Advantages
 from tests.learner_cases import group, random_group, row_result
 
 READINGS = ("samples_and_reference", "samples")
@@ -40,7 +45,8 @@ def test_advantages_have_mean_0_and_population_std_1(values: list[float], refere
         assert statistics.fmean(everything) == pytest.approx(0, abs=1e-6)
         assert statistics.pstdev(everything) == pytest.approx(1, abs=1e-6)
     else:
-        assert max([*values, reference]) == pytest.approx(min([*values, reference]), rel=1e-8, abs=1e-11)
+        pool = [*values, reference]
+        assert max(pool) - min(pool) <= max(1e-6 * max(map(abs, pool)), 1e-15)
         assert set(everything) == {0.0}
 
 
@@ -51,9 +57,77 @@ def test_equal_rewards_have_no_signal(reading: Any, equal: float) -> None:
     assert found == grao.Advantages(samples=(0.0,) * 3, reference=0.0, has_signal=False)
 
 
-def test_rounding_is_no_signal() -> None:
-    assert not grao.advantages([0.1 + 0.2, 0.3], 0.3, "samples_and_reference").has_signal
-    assert grao.advantages([1e-6, 2e-6], 0.0, "samples_and_reference").has_signal
+def ulps(value: float, *steps: int) -> list[float]:
+    """float32 numbers so many of its steps from a value."""
+    return [float(np.float32(value) + step * np.spacing(np.float32(value))) for step in steps]
+
+
+ROUNDING = {
+    "a sum in another order": [0.1 + 0.2, 0.3, 0.3],
+    "equal scores in float32, last bits moved": ulps(1.2345678, 0, 1, 0, -1, 0, 2, 0, 0),
+    "the same, negative": ulps(-0.7, 0, 1, -1, 0),
+    "the same, huge": ulps(3e9, 0, 1, -1, 0),
+    "the same, tiny": ulps(1e-12, 0, 1, -1, 0),
+    "1e-9 apart": [0.5, 0.5, 0.5, 0.5 + 1e-9],
+    "1 apart at 1e9": [1e9, 1e9 + 1, 1e9, 1e9],
+    "what a sum of terms leaves of a 0": [0.1 + 0.2 - 0.3, 0.0, 0.0, 0.0],
+}
+SIGNAL = {
+    "1e-5 of the size": [0.5, 0.5, 0.5, 0.5 + 1e-5],
+    "small numbers": [1e-6, 2e-6],
+    "all of them tiny": [1e-12, 2e-12, 3e-12],
+    "huge, and apart by 1e-5": [1e9, 1e9 + 1e4, 1e9],
+    "around 0": [-1e-7, 1e-7, 0.0],
+    "one is 0": [0.0, 0.0, 1e-3],
+}
+
+
+def grpo(values: Sequence[float], reference: float, **settings: Any) -> Advantages:
+    scored = group([5], [[6]] * len(values), [9], values, reference)
+    return Grpo(GrpoObjective(name="grpo", **settings)).advantages(scored)
+
+
+@pytest.mark.parametrize("values", ROUNDING.values(), ids=list(ROUNDING))
+def test_rounding_is_no_signal(values: list[float]) -> None:
+    none = Advantages(samples=(0.0,) * len(values), reference=0.0, has_signal=False)
+    assert grao.advantages(values, values[0], "samples_and_reference") == none
+    for far in (values[0], values[0] + max(1.0, abs(values[0]))):  # a reference beside equal samples
+        assert grao.advantages(values, far, "samples") == none
+        for normalises in (True, False):
+            assert grpo(values, far, normalise_std=normalises) == none
+    scored = group([5], [[6]] * len(values), [9], values, values[0])
+    assert not Grao(GraoObjective()).rows([scored, scored])
+
+
+@pytest.mark.parametrize("values", SIGNAL.values(), ids=list(SIGNAL))
+def test_what_is_more_than_rounding_is_signal_at_any_scale(values: list[float]) -> None:
+    for made in (
+        grao.advantages(values, values[0], "samples_and_reference"),
+        grao.advantages(values, values[0], "samples"),
+        grpo(values, values[0]),
+    ):
+        assert made.has_signal
+        assert 0.9 < max(map(abs, made.samples)) <= len(values) ** 0.5 * (1 + 1e-9)
+    scaled = grao.advantages([1e3 * value for value in values], 1e3 * values[0], "samples_and_reference")
+    assert scaled.samples == pytest.approx(grao.advantages(values, values[0], "samples_and_reference").samples)
+
+
+def test_a_reference_beside_rounding_tells_the_size_of_rewards() -> None:
+    """Scores in float32 that cancel leave 1e-8; that their size was 1 the reference's score shows."""
+    left = [1.2e-8, 0.0, 0.0, 0.0]
+    assert not grao.advantages(left, 1.0, "samples").has_signal
+    assert not grpo(left, 1.0).has_signal
+    equal = grao.advantages(left, 1.0, "samples_and_reference")
+    assert equal.reference == pytest.approx(2, abs=1e-6)
+    assert grpo(left, math.nan).has_signal  # a reference that nobody scored tells nothing
+
+
+def test_the_floor_is_a_setting() -> None:
+    values = [0.5, 0.5, 0.5, 0.5 + 1e-5]
+    scored = group([5], [[6], [7], [8], [9]], [9], values, 0.5)
+    assert not Grao(GraoObjective(signal_floor=1e-4)).advantages(scored).has_signal
+    assert Grao(GraoObjective(signal_floor=0)).advantages(scored).has_signal
+    assert not grpo(values, 0.5, signal_floor=1e-4).has_signal
 
 
 def test_equal_samples_against_a_better_reference() -> None:
@@ -61,6 +135,41 @@ def test_equal_samples_against_a_better_reference() -> None:
     assert found.reference == pytest.approx(2)  # sqrt(G)
     assert found.samples == pytest.approx((-0.5,) * 4)
     assert not grao.advantages([0.0] * 4, 1.0, "samples").has_signal
+
+
+def test_without_a_share_in_mean_and_std_the_reference_keeps_the_other_readings_bound() -> None:
+    """Eq. 4 as printed where it is harmless, sqrt(G) where it has no bound."""
+    near = grao.advantages([1.0, 0.0, 0.0, 0.0], 1.0, "samples")
+    assert near.reference == pytest.approx(0.75 / statistics.pstdev([1.0, 0.0, 0.0, 0.0]))
+    for spread in (1e-5, 1e-2):
+        samples = [0.5, 0.5, 0.5, 0.5 + spread]
+        assert grao.advantages(samples, 1.5, "samples").reference == 2
+        assert grao.advantages(samples, -1.5, "samples").reference == -2
+
+
+@given(
+    st.lists(st.floats(-1, 1), min_size=2, max_size=9),
+    st.floats(-1e6, 1e6),
+    st.sampled_from([1e-12, 1e-6, 1.0, 1e9]),
+    st.sampled_from([0.0, 0.5]),
+)
+def test_no_group_owns_a_step(values: list[float], reference: float, scale: float, around: float) -> None:
+    """The bounds at the top of learner/objectives/grao.py, and those of ordinary groups beside it."""
+    odd = [scale * (around + 1e-5 * value) for value in values]
+    count = len(odd)
+    groups = [group([5], [[6]] * count, [7], odd, reference)]
+    groups += [group([5], [[6]] * count, [7], [k % 2 for k in range(count)], 1.0) for _ in range(7)]
+    for reading in READINGS:
+        config = GraoObjective(alpha=0.9, beta=0.5, lambda_=0.6, advantage_group=reading)
+        rows = Grao(config).rows(groups)
+        sizes = [math.fsum(abs(row.weight) for row in rows if row.group == index) for index in range(8)]
+        root = math.sqrt(count)
+        joint = reading == "samples_and_reference"
+        bound = 1.5 * math.sqrt((count + 1) / count) + (0.5 + 0.6 / count) * root if joint else 1.5 + 0.5 * root
+        assert max(sizes) <= bound / 8 * (1 + 1e-9)
+        assert sizes[0] <= 0.5 * math.fsum(sizes)
+    grpo_rows = Grpo(GrpoObjective(name="grpo", kl=0)).rows(groups)
+    assert math.fsum(abs(row.weight) for row in grpo_rows if row.group == 0) <= 1 / 8 * (1 + 1e-9)
 
 
 def test_weights_by_hand() -> None:

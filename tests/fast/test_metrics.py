@@ -22,6 +22,7 @@ from cluster.record.heldout import evaluation_record
 from cluster.record.metrics import MetricsError, MetricsWriter, cut_after, sample_record, step_report
 from configs.objectives import (
     AnyObjective,
+    Correction,
     DpoObjective,
     GraoObjective,
     GrpoObjective,
@@ -151,11 +152,11 @@ def test_every_number_of_a_step() -> None:
         "advantage/abs_mean": (2 * math.sqrt(2 / 3) + 2 * math.sqrt(3 / 2) + 4 * 0.5) / 12,
         "advantage/reference_mean": (math.sqrt(2 / 3) + 2) / 3,
         "group/without_signal": 1 / 3,
-        "logprob/sample_mean": statistics.fmean([*J[:4], *J[5:9]]),
-        "logprob/reference_mean": statistics.fmean([J[4], J[9]]),
-        "gap/mean": gap / 26,
-        "gap/max": 0.08,
-        "entropy/mean": 16 / 26,
+        "logprob/trained_sample_mean": statistics.fmean([*J[:4], *J[5:9]]),
+        "logprob/trained_reference_mean": statistics.fmean([J[4], J[9]]),
+        "gap/trained_mean": gap / 26,
+        "gap/trained_max": 0.08,
+        "entropy/trained_mean": 16 / 26,
         "tokens/generated": 62.0,
         "tokens/unique": 40.0,
         "tokens/nominal": 120.0,
@@ -200,11 +201,12 @@ def _naive_loss(groups, objective, rows, results) -> float:
     total = 0.0
     for index, group in enumerate(groups):
         pool = [*group.rewards] + ([group.reference_reward] if objective.advantage_group != "samples" else [])
-        if max(pool) - min(pool) < 1e-12:
+        if max(pool) - min(pool) <= 1e-6 * max(map(abs, [*group.rewards, group.reference_reward])):
             continue
         middle, std = statistics.fmean(pool), statistics.pstdev(pool)
         of_samples = [(reward - middle) / std for reward in group.rewards]
-        of_reference = (group.reference_reward - middle) / std
+        bound = len(group.rewards) ** 0.5
+        of_reference = min(bound, max(-bound, (group.reference_reward - middle) / std))
         queue = list(values.get((index, "sample"), []))
         j = [queue.pop(0) if abs(a) > 1e-12 and objective.alpha + objective.lambda_ else 0.0 for a in of_samples]
         j_reference = (values.get((index, "reference")) or [0.0])[0]
@@ -222,15 +224,15 @@ def test_a_step_without_any_signal_is_reported() -> None:
     assert report.loss == 0.0
     assert report.shares == {"exploration": 0.0, "imitation": 0.0, "regulariser": 0.0}
     assert report.metrics["group/without_signal"] == 1.0
-    assert math.isnan(report.metrics["gap/mean"])
-    assert "kl/mean" not in report.metrics
+    assert math.isnan(report.metrics["gap/trained_mean"])
+    assert "kl/trained_mean" not in report.metrics
 
 
 def test_kl_is_the_mean_over_sample_tokens_where_it_was_asked_for() -> None:
     results = [result(row, kl=1.0 if row not in (4, 9) else 100.0) for row in range(10)]
-    assert report_of(GROUPS, results).metrics["kl/mean"] == pytest.approx(8 / 26)
+    assert report_of(GROUPS, results).metrics["kl/trained_mean"] == pytest.approx(8 / 26)
     results[3] = result(3)
-    assert math.isnan(report_of(GROUPS, results).metrics["kl/mean"])
+    assert math.isnan(report_of(GROUPS, results).metrics["kl/trained_mean"])
 
 
 def test_rewards_that_are_equal_on_paper_are_a_tie() -> None:
@@ -303,12 +305,12 @@ def test_what_is_not_finite_is_left_out_by_name(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     writer = MetricsWriter(folder)
     report = report_of(GROUPS, RESULTS)
-    writer.step(replace(report, loss=math.nan, metrics={**report.metrics, "gap/max": math.inf}))
+    writer.step(replace(report, loss=math.nan, metrics={**report.metrics, "gap/trained_max": math.inf}))
     writer.close()
     (line,) = read(folder.steps)
-    assert line["not_finite"] == ["loss", "metrics/gap/max"]
+    assert line["not_finite"] == ["loss", "metrics/gap/trained_max"]
     assert "loss" not in line
-    assert "gap/max" not in line["metrics"]
+    assert "gap/trained_max" not in line["metrics"]
     assert line["metrics"]["reward/mean"] == 0.5
     assert "loss" not in scalars(folder)
 
@@ -459,7 +461,7 @@ def test_a_step_without_samples_has_no_numbers_of_samples() -> None:
     assert report.terms == {"preference": 2.0}
     beginnings = {name.split("/")[0] for name in report.metrics}
     assert beginnings == {"logprob", "preference", "tokens", "micro_batches"}
-    assert report.metrics["logprob/reference_mean"] == 0.0
+    assert report.metrics["logprob/trained_reference_mean"] == 0.0
 
 
 def test_every_metric_is_documented_and_every_documented_one_exists() -> None:
@@ -469,7 +471,7 @@ def test_every_metric_is_documented_and_every_documented_one_exists() -> None:
     made = {"loss", "grad_norm", "learning_rate"}
     made |= {f"terms/{name}" for name in report.terms} | {f"shares/{name}" for name in report.shares}
     made |= {re.sub(r"/(exact|length)/(mean|reference_mean)", r"/NAME/\2", name) for name in report.metrics}
-    made |= set(of_another(GROUPS, GrpoObjective(name="grpo")).metrics)
+    made |= set(of_another(GROUPS, GrpoObjective(name="grpo", correction=Correction())).metrics)
     made |= set(of_another(OFFLINE, DpoObjective(name="dpo")).metrics)
     made |= set(
         of_another(OFFLINE, RewardModelObjective(name="reward_model"), mean_logprob=math.nan, score=1.0).metrics

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from configs.objectives import PpoObjective, RewardModelObjective
+from configs.objectives import Correction, PpoObjective, RewardModelObjective
 from learner.attention.shared import ModelError
 from learner.model.policy import to_tensors
 from learner.model.value import ValueModel, build_value_model
@@ -25,6 +25,7 @@ from learner.results import score_results
 from reward.types import ScoredGroup
 from tests.learner_cases import VOCABULARY, random_group, write_model
 from tests.loss_cases import DEVICE, Case, Gradients, assert_same, gradients_of, logprobs_of
+from tests.naive_loss import LogProbs
 from tests.naive_values import naive_estimates, naive_pairs, naive_ppo
 
 TEMPERATURE = 0.7
@@ -112,6 +113,9 @@ def test_a_reward_model_learns_pairs_as_the_naive_one_does(scores: Scores, ranks
 
 PPO = {
     "as it comes": PpoObjective(name="ppo"),
+    "corrected": PpoObjective(
+        name="ppo", clip=0.1, correction=Correction(cap=1.1, mask="geometric", mask_low=0.9, mask_high=1.1)
+    ),
     "short horizon, raw advantages": PpoObjective(
         name="ppo", gamma=0.9, gae_lambda=0.5, kl=0.3, normalise_advantages=False, value_clip=None
     ),
@@ -122,7 +126,7 @@ PPO = {
 @pytest.mark.parametrize("name", PPO)
 @pytest.mark.parametrize(("ranks", "budget"), [(1, 4096), (2, 48)])
 def test_ppo_equals_the_naive_reference(scores: Scores, policy: Case, name: str, ranks: int, budget: int) -> None:
-    """As in the second update of a step: the critic has moved since the returns were made."""
+    """As in the second update of a step: policy and critic have moved since the returns were made."""
     config, groups = PPO[name], near(policy, some_groups(7))
     logprobs, method = logprobs_of(policy.plain, TEMPERATURE), Ppo(config)
     moved = 0.05
@@ -137,11 +141,19 @@ def test_ppo_equals_the_naive_reference(scores: Scores, policy: Case, name: str,
     estimates = naive_estimates(config, groups, old, start)
     policy.plain.zero_grad()
     scores.plain.zero_grad()
-    losses = naive_ppo(config, groups, logprobs, scores.values, estimates)
+    losses = naive_ppo(config, groups, logprobs, scores.values, estimates, earlier(logprobs))
     sum(losses).backward()  # type: ignore[union-attr]
     found = ours(config, method, groups, scores, policy, (ranks, budget), moved)
     assert_same(found[0], (losses[0].item(), gradients_of(policy.plain)))
     assert_same(found[1], (losses[1].item(), gradients_of(scores.plain)))
+
+
+def earlier(logprobs: LogProbs) -> LogProbs:
+    """Log-probabilities of a policy before, some ratios to it beyond the clips."""
+    return lambda prompt, answer: logprobs(prompt, answer) - MOVES * torch.arange(len(answer)).double().sin()
+
+
+MOVES = 0.25
 
 
 def near(policy: Case, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
@@ -187,7 +199,10 @@ def ours(
 
         def weigh(logprobs: torch.Tensor, weighted: Any = weighted, made: list[Any] = made) -> torch.Tensor:
             assert method.weigh is not None
-            made.append(method.weigh(weighted, logprobs.double().numpy(), np.full(len(logprobs), np.nan)))
+            now = logprobs.double().numpy()
+            places = np.concatenate([np.arange(count) for count in np.bincount(weighted.row_of)]) if len(now) else now
+            before = now - MOVES * np.sin(places)
+            made.append(method.weigh(weighted, now, np.full(len(now), np.nan), before))
             return logprobs.new_tensor(made[0].weights)
 
         def weigh_values(values: torch.Tensor, batch: Any = batch, of: Estimates = of) -> torch.Tensor:
@@ -227,6 +242,21 @@ def test_equal_advantages_are_not_blown_up() -> None:
     assert same == pytest.approx(np.zeros(3))
     [spread] = method.normalised([np.array([1.0, 3.0])], alone)
     assert spread == pytest.approx([-1.0, 1.0])
+    [scaled] = method.normalised([np.array([1e-12, 3e-12])], alone)
+    assert scaled == pytest.approx([-1.0, 1.0])
+
+
+def test_advantages_that_are_what_rounding_leaves_of_values_are_none() -> None:
+    """Returns less values of size 5 in float32 are 1e-7 apart where they are equal."""
+    method, left = Ppo(PpoObjective(name="ppo")), np.array([0.0, 4.8e-7, -4.8e-7])
+
+    def alone(values: Floats) -> Floats:
+        return values
+
+    [none] = method.normalised([left], alone, [np.full(3, 5.0), 5.0 + left])
+    assert none.tolist() == [0.0] * 3
+    [blown_up] = method.normalised([left], alone, [left, left])
+    assert np.abs(blown_up).max() > 1
 
 
 def test_a_new_head_is_told_and_a_saved_one_loaded(tmp_path: Path) -> None:
