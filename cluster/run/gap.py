@@ -35,7 +35,8 @@ from rollout.types import Prompt
 
 Evidence = Literal["given", "sampled"]
 
-GIVEN_TOKENS = 256
+MOST_GIVEN, FEWEST_GIVEN, SHARE_GIVEN = 256, 64, 32
+"""Given tokens: a share of those that a step may sample, within bounds, so that small steps stay cheap."""
 PIECE_TOKENS = 32
 """Of the end of a prompt, and of the beginning of its reference answer."""
 TIMES = 4.0
@@ -99,25 +100,28 @@ class Gap:
         return not self.mean - ERRORS * self.error <= limit
 
 
-def given_tokens(prompts: Sequence[Prompt], longest: int) -> tuple[int, ...]:
+def given_tokens(prompts: Sequence[Prompt], config: Config) -> tuple[int, ...]:
     """The tokens that every worker is asked about: ends of prompts with the beginnings of their references, in order.
 
-    At most GIVEN_TOKENS, and fewer than `longest`, the tokens that an engine can hold: it makes one more.
+    Fewer than an engine can hold, because it makes one more.
     """
+    rollout = config.rollout
+    of_a_step = config.learner.groups_per_step * rollout.samples_per_prompt * rollout.max_new_tokens
+    wanted = min(MOST_GIVEN, max(FEWEST_GIVEN, of_a_step // SHARE_GIVEN), config.longest_sequence - 1)
     found: list[int] = []
     for prompt in prompts:
         found += [*prompt.token_ids[-PIECE_TOKENS:], *(prompt.reference_ids or ())[:PIECE_TOKENS]]
-        if len(found) >= GIVEN_TOKENS:
+        if len(found) >= wanted:
             break
-    return tuple(found[: max(2, min(GIVEN_TOKENS, longest - 1))])
+    return tuple(found[:wanted])
 
 
 def gap_between(engine: Sequence[float], learner: Sequence[float]) -> Gap:
     """Of two [T] sequences of log-probabilities."""
-    difference = np.abs(np.array(engine) - np.array(learner))
-    count = len(difference)
-    error = float(difference.std(ddof=1)) / math.sqrt(count) if count > 1 else math.inf
-    return Gap(mean=float(difference.mean()), error=error, tokens=count)
+    with np.errstate(invalid="ignore"):  # infinite ones are a fault, and found as such
+        difference = np.abs(np.array(engine) - np.array(learner))
+        mean, spread = float(difference.mean()), float(difference.std(ddof=1))
+    return Gap(mean=mean, error=spread / math.sqrt(len(difference)), tokens=len(difference))
 
 
 def gap_of_rows(sums: Sequence[float], tokens: Sequence[int]) -> Gap:
@@ -150,7 +154,7 @@ class GapGuard:
         self.measured = measured if measured is not None and measured.dtype == self._dtype else None
         """None until the first version was looked at."""
         self._first: int | None = None
-        self.tokens = given_tokens(prompts, config.longest_sequence)
+        self.tokens = given_tokens(prompts, config)
         self.question = replace(prompts[0], id="given tokens", token_ids=self.tokens[:1])
         """What comes before the given tokens that are judged."""
         self._given: dict[int, Gap] = {}
