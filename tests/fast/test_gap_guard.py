@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -424,6 +426,9 @@ def test_samples_are_judged_by_worker_and_only_those_of_the_current_version() ->
     assert found["gap/limit"] == pytest.approx(1e-5)
     assert found["gap/reloads"] == 0
     assert living.said == []
+    documented = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    for name in found:
+        assert f"| `{re.sub(r'worker_[0-9]+', 'worker_N', name)}` |" in documented
 
 
 def test_a_wrong_temperature_stops_the_run_after_the_first_step() -> None:
