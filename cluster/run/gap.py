@@ -232,7 +232,7 @@ class GapGuard:
 
         Raises GapError as `judge` does.
         """
-        if not self._given:
+        if not self._given or not groups[0].group.samples:
             return {}
         limit = self.limit * self._sampled_factor
         found = {"gap/limit": self.limit}
