@@ -10,6 +10,7 @@ from cluster.compare.outcomes import OutcomeError
 from cluster.record.folder import RunFolderError
 from cluster.record.metrics import MetricsError
 from cluster.run.checkpoints import CheckpointError
+from cluster.run.gap import GapError
 from cluster.run.parts import RunError
 from cluster.run.queue import StalenessError
 from cluster.workers.actors import cause_of
@@ -24,9 +25,9 @@ from rollout.data.prompts import DataError
 from rollout.worker import RolloutError
 
 EXPECTED = (
-    BundledModelError, CheckpointError, ComparisonError, ConfigError, DataError, FleetError, LearnerError,
-    LearnerGroupError, MetricsError, OutcomeError, PlacementError, PlanError, RewardError, RolloutError, RunError,
-    RunFolderError, StalenessError,
+    BundledModelError, CheckpointError, ComparisonError, ConfigError, DataError, FleetError, GapError,
+    LearnerError, LearnerGroupError, MetricsError, OutcomeError, PlacementError, PlanError, RewardError, RolloutError,
+    RunError, RunFolderError, StalenessError,
 )  # fmt: skip
 """Each says in one line what is wrong and what to do."""
 

@@ -244,6 +244,9 @@ class RunConfig(Section):
     """Older checkpoints are deleted."""
     evaluate_every: int = Field(default=0, ge=0)
     """Steps between evaluations on held-out prompts; before and after training it is always done."""
+    gap_guard: Literal["stop", "warn"] = "stop"
+    """What follows where an engine does not compute what the learner computes (docs/metrics.md, Rollout against
+    learner) and loading it again does not help: the run stops, or says so in a line and goes on."""
     write_samples: bool = True
     """Write prompts and answers into samples.jsonl."""
 

@@ -157,6 +157,24 @@ class LearnerRank:
         found = passes.values(batches)
         return tuple((result.row, result.log_ratio_sum) for result in found) if self._reports else ()
 
+    def logprobs(self, sequences: Sequence[tuple[int, ...]]) -> tuple[tuple[int, tuple[float, ...]], ...]:
+        """(number, [T - 1] log-probability at temperature 1 of every token but the first) of this rank's share.
+
+        Under the current parameters, without gradients: what an engine that has them must answer too.
+        """
+        rows = [
+            Row(group=number, kind="reference", token_ids=tokens[1:], logprobs=None, weight=0.0)
+            for number, tokens in enumerate(sequences)
+        ]
+        batches = self._plan(rows, [tokens[:1] for tokens in sequences], together=False)
+        outputs = self._engine.model.values(batches, 1.0, 1.0, self._learner.head_chunk)
+        found = [
+            (number, tuple(output.logprobs.numpy()[batch.row_of == place].tolist()))
+            for batch, output in zip(batches, outputs, strict=True)
+            for place, number in enumerate(batch.rows)
+        ]
+        return tuple(found) if self._reports else ()
+
     def _plan(
         self, rows: Sequence[Row], prompts: Sequence[tuple[int, ...]], together: bool | None = None
     ) -> Sequence[MicroBatch]:

@@ -79,6 +79,8 @@ class Group:
     prompt: Prompt
     samples: tuple[Sample, ...]
     """[G]"""
+    worker: int = 0
+    """Number of the rollout worker that sampled it; a replacement has the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,13 +35,16 @@ class RolloutWorker:
         device: Device,
         longest_sequence: int,
         transport: Transport = "shared_memory",
+        number: int = 0,
     ) -> None:
-        """Starts nothing. `longest_sequence` counts the tokens of prompt and answer together."""
+        """Starts nothing. `longest_sequence` counts the tokens of prompt and answer together; `number` is what its
+        groups are marked with."""
         self._model = model
         self._rollout = rollout
         self._device = device
         self._longest_sequence = longest_sequence
         self._transport = transport
+        self._number = number
         self._engine: Engine | None = None
         self._staging = Staging()
         self._loading = asyncio.Lock()
@@ -61,7 +64,7 @@ class RolloutWorker:
         if sampling.samples > 1:
             await engine.watched(engine.share_prompt(prompt))
         samples = await engine.watched(*(engine.sample(prompt, sampling, i) for i in range(sampling.samples)))
-        return Group(prompt=prompt, samples=tuple(samples))
+        return Group(prompt=prompt, samples=tuple(samples), worker=self._number)
 
     async def logprobs(self, prompt: Prompt, answers: Sequence[tuple[int, ...]]) -> list[tuple[float, ...]]:
         """Log-probabilities of given answers' tokens at temperature 1. Raises RolloutError, EngineDead."""

@@ -15,6 +15,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 from cluster.record.heldout import heldout_sampling
 from cluster.run.parts import Run, answer
@@ -40,20 +41,23 @@ async def train(run: Run) -> None:
             groups = [group for _, group in taken]
             check_staleness(groups, state.step, run.config.rollout.max_staleness)
             with clock.phase("train"):
-                reports = await run.learner.train_step(state.step + 1, groups)
+                reports = await run.update(state.step + 1, groups)
+            gaps = run.look_at_samples(state.step + 1, groups, reports)
             state = state.after(ticket for ticket, _ in taken)
             evaluates = run.is_due(run.config.run.evaluate_every, state.step) or state.step == learner.steps
             if learner.objective.online or evaluates:
                 with clock.phase("sync"):
-                    phases = await run.make_live(state.step)
+                    # with staleness 0 everybody waits for the engines anyway; else nobody does
+                    at_once = evaluates or run.config.rollout.max_staleness == 0
+                    phases = await run.make_live(state.step, prove=at_once)
                 clock.seconds |= {f"sync_{phase}": seconds for phase, seconds in phases.items()}
             if evaluates:
                 with clock.phase("evaluate"):
                     await evaluate(run, state.step)
             await run.queue.release(len(groups))
-            await run.log_step(state.step, groups, reports, clock.seconds)
+            await run.log_step(state.step, groups, reports, clock.seconds, gaps)
             if run.is_due(run.config.run.checkpoint_every, state.step) or state.step == learner.steps:
-                await save(run, state)
+                await save(run, replace(state, gap=run.guard.measured))
         feeding.cancel()
     await export(run)
 

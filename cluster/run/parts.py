@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ from cluster.record.heldout import RewardsByPrompt, evaluation_record, start_rew
 from cluster.record.metrics import MetricsWriter, read_lines, step_report
 from cluster.record.report import Report
 from cluster.run.checkpoints import Checkpoints
+from cluster.run.gap import GapGuard, Proof
 from cluster.run.queue import TicketQueue
 from cluster.run.signals import cancel_on_signals
 from cluster.run.state import RunState
@@ -45,13 +47,16 @@ class RunError(RuntimeError):
 class Rollouts:
     """All rollout workers. A replaced worker gets the current parameters before its first prompt."""
 
-    def __init__(self, cluster: Cluster, config: Config, workers: int) -> None:
-        self._cluster = cluster
+    def __init__(self, cluster: Cluster, config: Config, workers: int, guard: GapGuard | None = None) -> None:
+        """`guard` judges what `prove` finds."""
+        self._cluster, self._guard = cluster, guard
         self._settings = config.rollout
         self._model = config.model
         self._transport = config.learner.transport
         self._load_limit = Limit(seconds=config.rollout.load_timeout_s, setting="rollout.load_timeout_s")
         self._current: Parameters | None = None
+        self._proof: Proof | None = None
+        """What workers with the current parameters must answer, as soon as the learner has said it."""
         self.fleet: Fleet[RemoteRollout] = Fleet("rollout", workers, self._spawn, is_death)
 
     async def generate(self, prompt: Prompt, sampling: Sampling) -> Group:
@@ -72,9 +77,41 @@ class Rollouts:
 
     async def load(self, parameters: Parameters) -> dict[str, float]:
         """Make parameters live in every worker; the slowest worker's seconds by phase."""
-        self._current = parameters
+        self._current, self._proof = parameters, None
         seconds = await self.fleet.everywhere(lambda worker: _load(worker, parameters), self._load_limit)
         return {phase: max(each[phase] for each in seconds) for phase in seconds[0]}
+
+    async def prove(self, proof: Proof) -> None:
+        """Compare every worker with the learner; one that differs is loaded again in full, once. Raises GapError."""
+        assert self._guard is not None, "nobody to judge what is found"
+        self._proof = proof
+        faults = await self.fleet.everywhere(lambda worker: self._fault_of(worker, proof), self._load_limit)
+        for number, fault in enumerate(faults):
+            if fault is not None:
+                self._guard.judge(number, fault, "given", proof.version, was_reloaded=self._loads_alone)
+        self._guard.settle(proof.version)
+
+    async def _fault_of(self, worker: RemoteRollout, proof: Proof) -> str | None:
+        """What is wrong with a worker, also after another load where it can be loaded alone."""
+        guard, parameters = self._guard, self._current
+        assert guard is not None, "nobody to judge what is found"
+        assert parameters is not None, "proven without parameters"
+
+        async def ask() -> str | None:
+            [answer] = await worker.logprobs(guard.question, [guard.tokens[1:]])
+            return guard.fault_of(worker.seat, proof, answer)
+
+        fault = await ask()
+        if fault is None or not self._loads_alone or not guard.may_reload or guard.is_known(worker.seat):
+            return fault
+        guard.reloading(fault)
+        await _load(worker, parameters)
+        return await ask()
+
+    @property
+    def _loads_alone(self) -> bool:
+        """Whether one worker can be loaded without the learner and all others."""
+        return self._transport == "shared_memory"
 
     async def _spawn(self, number: int) -> RemoteRollout:
         worker = self._cluster.rollout(number, self._model)
@@ -88,17 +125,25 @@ class Rollouts:
                 f"rollout worker {number} did not start within rollout.start_timeout_s ({limit:g} s)"
             ) from error
         if self._current is not None:
-            if self._transport != "shared_memory":
+            if not self._loads_alone:
                 raise RunError(
                     f"rollout worker {number} died, and learner.transport '{self._transport}' cannot take a new one"
                     " into its group; go on with `grao resume`"
                 )
             try:
-                await within(self._load_limit, _load(worker, self._current))
+                await within(self._load_limit, self._bring_up(worker, self._current))
             except BaseException:
                 worker.end()
                 raise
         return worker
+
+    async def _bring_up(self, worker: RemoteRollout, parameters: Parameters) -> None:
+        """A replacement gets the current parameters, and proves them if the others have done so already."""
+        await _load(worker, parameters)
+        proof = self._proof
+        if proof is not None and (fault := await self._fault_of(worker, proof)) is not None:
+            assert self._guard is not None
+            self._guard.judge(worker.seat, fault, "given", proof.version, was_reloaded=True)
 
 
 async def _load(worker: RemoteRollout, parameters: Parameters) -> dict[str, float]:
@@ -172,31 +217,70 @@ class Run:
     report: Report
     start_rewards: RewardsByPrompt | None
     """Of the held-out answers before the first update; None until they are there."""
+    guard: GapGuard
+    unproven: Proof | None = None
+    """What the workers are still to be compared with."""
 
-    async def make_live(self, version: int) -> dict[str, float]:
+    async def make_live(self, version: int, prove: bool = True) -> dict[str, float]:
         """Publish the learner's parameters as `version` and load them in every rollout worker, if there is any.
 
-        Returns the slowest worker's seconds by phase.
+        With `prove` all workers are compared with the learner before anything is sampled; else the next update does it
+        at the same time. Returns the slowest worker's seconds by phase. Raises GapError.
         """
         if not self.rollouts.fleet.size:
             return {}
+        await self.prove()
         parameters = await self.learner.publish(version)
         async with asyncio.TaskGroup() as both:  # a collective transport needs both ends at the same time
-            both.create_task(self.learner.send(parameters))
+            sending = both.create_task(self._send(parameters))
             loading = both.create_task(self.rollouts.load(parameters))
-        return loading.result()
+        self.unproven, began = sending.result(), time.monotonic()
+        if prove:
+            await self.prove()
+        return {**loading.result(), "prove": time.monotonic() - began}
+
+    async def update(self, step: int, groups: Sequence[ScoredGroup]) -> list[RankReport]:
+        """Step number `step` of the learner. Raises GapError where a worker does not compute what the learner does."""
+        async with asyncio.TaskGroup() as both:
+            training = both.create_task(self.learner.train_step(step, groups))
+            both.create_task(self.prove())
+        return training.result()
+
+    async def prove(self) -> None:
+        """Compare the workers with the learner, unless that was done. Raises GapError."""
+        proof, self.unproven = self.unproven, None
+        if proof is not None:
+            await self.rollouts.prove(proof)
+
+    async def _send(self, parameters: Parameters) -> Proof:
+        """Take part in the transfer, then say what an engine with these parameters must answer."""
+        await self.learner.send(parameters)
+        [logprobs] = await self.learner.logprobs([self.guard.tokens])
+        return Proof(version=parameters.version, updates=self.learner.updates, logprobs=logprobs)
 
     def is_due(self, every: int, step: int) -> bool:
         return every > 0 and step % every == 0
 
+    def look_at_samples(
+        self, step: int, groups: Sequence[ScoredGroup], reports: Sequence[RankReport]
+    ) -> dict[str, float]:
+        """By worker, how far what it sampled for step number `step` is from the learner; metrics. Raises GapError."""
+        rows = objective_at(step, self.config.learner, self.config.rollout).rows(groups)
+        return self.guard.look_at_samples(step - 1, groups, rows, reports)
+
     async def log_step(
-        self, step: int, groups: Sequence[ScoredGroup], reports: Sequence[RankReport], seconds: Mapping[str, float]
+        self,
+        step: int,
+        groups: Sequence[ScoredGroup],
+        reports: Sequence[RankReport],
+        seconds: Mapping[str, float],
+        more: Mapping[str, float],
     ) -> None:
-        """Record one update everywhere it is shown."""
+        """Record one update everywhere it is shown; `more` are further metrics."""
         report = step_report(
             step, groups, reports, objective_at(step, self.config.learner, self.config.rollout), seconds
         )
-        report = replace(report, metrics={**report.metrics, **await self.rewards.counts()})
+        report = replace(report, metrics={**report.metrics, **more, **await self.rewards.counts()})
         self.metrics.step(report)
         if self.config.run.write_samples and groups[0].group.samples:
             self.metrics.samples(step, groups, self.objective)
@@ -226,7 +310,8 @@ async def open_run(
         report.phase("starting Ray")
         cluster = await stack.enter_async_context(Cluster(config))
         cancel_on_signals()
-        rollouts = Rollouts(cluster, config, config.rollout_workers)
+        guard = GapGuard(config, prompts.train, state.gap, report.note)
+        rollouts = Rollouts(cluster, config, config.rollout_workers, guard)
         rewards = Rewards(cluster, config.reward_workers, config.reward)
         learner = LearnerGroup(cluster.rank, config.learner.ranks, secrets.token_hex(16), config.learner.step_timeout_s)
         stack.push_async_callback(_close, rollouts, rewards, learner)
@@ -258,6 +343,7 @@ async def open_run(
             metrics=metrics,
             report=report,
             start_rewards=start_rewards(read_lines(folder.evaluations)),
+            guard=guard,
         )
 
 

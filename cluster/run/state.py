@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from cluster.record.files import write_whole
 from cluster.run.checkpoints import CheckpointError, name_of
+from cluster.run.gap import BOUNDS, Measured
 from cluster.run.queue import Position
 
 FILE = "run_state.json"
@@ -40,6 +42,8 @@ class RunState:
     """configs.load.fingerprint of the config that wrote this state."""
     data_fingerprint: str
     """PromptSet.fingerprint of the prompts."""
+    gap: Measured | None = None
+    """What rounding makes between engine and learner; None where nobody has looked yet."""
 
     @property
     def checkpoint(self) -> str:
@@ -59,6 +63,7 @@ class RunState:
             "seed": self.seed,
             "config_hash": self.config_hash,
             "data_fingerprint": self.data_fingerprint,
+            "gap": None if self.gap is None else {"dtype": self.gap.dtype, "mean": self.gap.mean},
         }
         write_whole(folder / FILE, json.dumps(record, indent=1))
 
@@ -76,6 +81,7 @@ class RunState:
                 seed=_whole(record["seed"]),
                 config_hash=str(record["config_hash"]),
                 data_fingerprint=str(record["data_fingerprint"]),
+                gap=_measured(record.get("gap")),
             )
         except FileNotFoundError as error:
             raise CheckpointError(f"'{file}' is missing; this is no checkpoint of a run") from error
@@ -132,6 +138,16 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _leaves(item, f"{prefix}.{index}")
     else:
         yield prefix, json.dumps(tree, sort_keys=True, ensure_ascii=False)
+
+
+def _measured(record: Any) -> Measured | None:
+    """What stands under 'gap'; older checkpoints have no such thing. Raises ValueError."""
+    if record is None:
+        return None
+    mean = float(record["mean"])
+    if record["dtype"] not in BOUNDS or not math.isfinite(mean):
+        raise ValueError(f"no gap: {record}")
+    return Measured(dtype=record["dtype"], mean=mean)
 
 
 def _whole(value: Any) -> int:

@@ -121,6 +121,9 @@ class RemoteRank:
     async def log_ratios(self, groups: Any) -> tuple[tuple[int, float], ...]:
         return await self.actor.log_ratios.remote(groups)
 
+    async def logprobs(self, sequences: Sequence[tuple[int, ...]]) -> tuple[tuple[int, tuple[float, ...]], ...]:
+        return await self.actor.logprobs.remote(tuple(sequences))
+
     async def publish(self, version: int) -> Parameters:
         return await self.actor.publish.remote(version)
 

@@ -25,6 +25,8 @@ class LearnerGroup:
         self._secret = secret
         self._timeout = step_timeout_s
         self.parameters = 0
+        self.updates = 0
+        """Steps since the start that changed the parameters; one without any signal does not."""
         self.note: str | None = None
         """What the user should know of the model, in one line."""
 
@@ -55,7 +57,9 @@ class LearnerGroup:
     async def train_step(self, step: int, groups: Sequence[ScoredGroup]) -> list[RankReport]:
         """One update on all ranks. `step` counts from 1."""
         shared = share(groups)
-        return await self._all([rank.train_step(step, shared) for rank in self._ranks])
+        reports = await self._all([rank.train_step(step, shared) for rank in self._ranks])
+        self.updates += any(report.rows for report in reports)
+        return reports
 
     async def measure(self, groups: Sequence[ScoredGroup]) -> dict[int, RowResult]:
         """What the objective says of groups that are not trained on, by row."""
@@ -70,6 +74,11 @@ class LearnerGroup:
         found = [value for _, value in sorted(pair for part in parts for pair in part)]
         ends = itertools.accumulate(len(scored.group.samples) for scored in groups)
         return [found[end - len(scored.group.samples) : end] for scored, end in zip(groups, ends, strict=True)]
+
+    async def logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[tuple[float, ...]]:
+        """[T - 1] of each sequence: log-probability at temperature 1 of every token but the first."""
+        parts = await self._all([rank.logprobs(sequences) for rank in self._ranks])
+        return [found for _, found in sorted(one for part in parts for one in part)]
 
     async def publish(self, version: int) -> Parameters:
         """Stage the parameters as `version`; the answer says where their pieces lie."""

@@ -86,6 +86,7 @@ class Cluster:
                 config.cluster.device,
                 self._longest_sequence,
                 config.learner.transport,
+                number,
             ),
             seat=number,
         )

@@ -147,13 +147,25 @@ class ZeroModule(Generic[Out]):
 
         It learns from the first passes which parameters are soon needed again, and remembers for good what it
         concludes from two in a row: from forward passes alone that nothing is, so that each backward pass would
-        gather every parameter once more, one by one.
+        gather every parameter once more, one by one. What it has learnt from training stays: a forward pass alone is
+        the beginning of that. It then holds parameters that a backward pass would need, and they are given back.
         """
         if not self._trained:
             yield
             return
         coordinator = self._zero.parameter_offload.get_param_coordinator()
-        hook = self._model.register_forward_hook(lambda *_: coordinator._invalidate_trace())
+
+        def forget(*_: Any) -> None:
+            if not coordinator.is_complete_trace():
+                coordinator._invalidate_trace()
+                return
+            coordinator._clean_inflight_param_registry()
+            for parameter in self._model.parameters():
+                if not parameter.ds_persist:
+                    parameter.ds_active_sub_modules.clear()
+                    parameter.partition()
+
+        hook = self._model.register_forward_hook(forget)
         try:
             yield
         finally:

@@ -39,6 +39,7 @@ Transport = Literal["shared_memory", "nccl", "ipc"]
 T = TypeVar("T")
 
 NO_VERSION = -1
+FIRST = -1  # vLLM's priority: before samples that wait for a place, which have 0
 POLL_S = 0.2  # how often the engine's health is looked at
 END_TIMEOUT_S = 10.0
 
@@ -107,7 +108,7 @@ class Engine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         tokens = tokens_input([*prompt.token_ids, *answer], cache_salt=str(self._loads))
-        output = await self._output(prompt, tokens, parameters, "logprobs")
+        output = await self._output(prompt, tokens, parameters, "logprobs", priority=FIRST)
         rows = [row for row in output.prompt_logprobs or () if row is not None][-len(answer) :]
         if len(rows) != len(answer):
             raise RolloutError(
@@ -121,12 +122,12 @@ class Engine:
         return (await self._output(prompt, tokens, parameters, what)).outputs[0]
 
     async def _output(
-        self, prompt: Prompt, tokens: TokensInput, parameters: SamplingParams, what: str
+        self, prompt: Prompt, tokens: TokensInput, parameters: SamplingParams, what: str, priority: int = 0
     ) -> RequestOutput:
         request = f"{prompt.id}/{what}/{next(self._numbers)}"
         last = None
         try:
-            async for output in self._llm.generate(tokens, parameters, request):
+            async for output in self._llm.generate(tokens, parameters, request, priority=priority):
                 last = output
         except VLLMClientError as error:
             raise RolloutError(f"prompt '{prompt.id}': vLLM refused it: {_one_line(error)}") from error
@@ -296,6 +297,7 @@ def _arguments(
         dtype=rollout.dtype,
         max_model_len=longest_sequence,
         max_num_seqs=rollout.max_concurrent,
+        scheduling_policy="priority",  # among equals: first come, first served
         tensor_parallel_size=rollout.tensor_parallel,
         distributed_executor_backend="mp" if rollout.tensor_parallel > 1 else "uni",  # inside a Ray actor: not "ray"
         enable_prefix_caching=True,

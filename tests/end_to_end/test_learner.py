@@ -309,6 +309,42 @@ def check_log_ratios(run: Run) -> None:
     assert log_ratios() == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
+def left_by_a_forward_pass(rank: LearnerRank) -> tuple[bool, list[str]]:
+    """Whether DeepSpeed still knows what training needs when, and the parameters that are gathered for nobody."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    module = rank._engine.model
+    gathered = [
+        name
+        for name, parameter in module._named()
+        if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE and not parameter.ds_persist
+    ]
+    return module._zero.parameter_offload.get_param_coordinator().is_complete_trace(), gathered
+
+
+def test_given_tokens_are_answered_between_updates_and_nothing_is_left_of_it(run: Run, tmp_path: Path) -> None:
+    """What engines are compared with: exact, and the next updates are those that they would have been, bit for bit."""
+    sequences = [(5, 9, 7, 20, 3, 8), (4, 4, 11, 2)]
+    states = []
+    for asks in (False, True):
+        run.reset()
+        reference = Reference(run.model, LEARNER, ROLLOUT)
+        for step in range(1, 5):
+            run.step(step, random_step(step))
+            reference.step(step, random_step(step))
+            if asks:
+                found = [one for part in run.ranks.call(LearnerRank.logprobs, sequences) for one in part]
+                assert [number for number, _ in sorted(found)] == [0, 1]
+                for number, logprobs in found:
+                    wanted = reference.logprobs(sequences[number][:1], sequences[number][1:], 1.0)
+                    torch.testing.assert_close(torch.tensor(logprobs).double(), wanted.detach(), atol=2e-4, rtol=0)
+                assert run.ranks.call(left_by_a_forward_pass) == [(True, [])] * run.ranks.world
+        states.append(run.state(tmp_path / f"state-{asks}"))
+    for kind, tensors in states[0].items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, states[1][kind][name]), (kind, name)
+
+
 def test_steps_equal_the_plain_reference(run: Run, tmp_path: Path) -> None:
     check_steps(run, tmp_path)
 
