@@ -19,9 +19,32 @@ LayerKernels = Literal["auto", "plain", "liger"]
 
 class ModelConfig(Section):
     path: str = Field(min_length=1)
-    """Folder of a Hugging Face model (config.json, safetensors, tokenizer), or a hub name."""
+    """Folder of a Hugging Face model (config.json, safetensors, tokenizer), or a hub name: 'owner/name', or
+    'owner/name@revision' for a branch, tag or commit."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Off unless you trust its author."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the chat template, given wherever it is applied for the policy, e.g. {enable_thinking: false}."""
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _are_the_templates(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name in (
+            "messages",
+            "conversation",
+            "chat_template",
+            "tokenize",
+            "add_generation_prompt",
+            "return_dict",
+            "continue_final_message",
+            "padding",
+            "truncation",
+            "max_length",
+            "return_tensors",
+        ):
+            if name in given:
+                raise ValueError(f"'{name}' is set by the run itself; remove it")
+        return given
 
 
 class DataConfig(Section):

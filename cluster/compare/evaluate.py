@@ -20,7 +20,7 @@ from cluster.record.estimates import Estimate
 from cluster.record.files import write_whole
 from cluster.record.heldout import by_prompt, estimates, heldout_sampling
 from cluster.run.parts import Rewards, Rollouts, answer
-from cluster.run.preflight import check_all_rewards, check_folder, check_model
+from cluster.run.preflight import check_all_rewards, check_folder, check_model, check_text
 from cluster.run.signals import cancel_on_signals
 from cluster.workers.placement import Cluster
 from configs.load import ConfigError
@@ -102,8 +102,9 @@ def _check(config: Config, models: Sequence[str]) -> list[Prompt]:
         raise ConfigError(f"model '{double}' is given twice; name every model once, the start model as model.path")
     found: PromptSet | None = None
     for path in (*models, config.model.path):
-        tokenizer = check_model(config.with_model(path), room=1)
-        prompts = load_prompts(config.data, tokenizer, config.run.seed)
+        one = config.with_model(path)
+        tokenizer = check_model(one, room=1)
+        prompts = load_prompts(config.data, tokenizer, config.run.seed, check_text(one, tokenizer))
         if found is not None and prompts.heldout != found.heldout:
             raise ConfigError(f"model '{path}' turns the prompts into other tokens than '{models[0]}'; compare apart")
         found = prompts

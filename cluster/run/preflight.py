@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from configs.hub import split_revision
 from configs.load import ConfigError
 from configs.schema import Config
 from reward.model import check_reward_models
 from reward.worker import check_rewards
 from rollout.data.prompts import PromptSet
+from rollout.text.tokenizer import load_tokenizer, same_tokens, write_tokenizer
+from rollout.text.turns import ChatSettings, chat_settings
 
 RAY_JOB_FOLDER = "runtime_resources"
 
@@ -32,32 +36,50 @@ def check_model(config: Config, room: int = 0) -> Any:
 
     room: further tokens that its context must hold.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     path, trust = config.model.path, config.model.trust_remote_code
-    if looks_like_folder(path) and not (Path(path) / "config.json").is_file():
+    name, revision = split_revision(path)
+    if looks_like_folder(name) and not (Path(path) / "config.json").is_file():
         known = "; run `make quickstart` or `grao prepare` for the bundled one" if "SmolLM2" in path else ""
         raise ConfigError(f"model.path '{path}' holds no config.json; give the folder of a Hugging Face model{known}")
     try:
-        model = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+        model = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
+        tokenizer = load_tokenizer(path, trust)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model.path '{path}' cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    text = model.get_text_config()
-    if len(tokenizer) > text.vocab_size:
-        raise ConfigError(
-            f"model.path '{path}': the tokenizer has {len(tokenizer)} tokens, the model only {text.vocab_size};"
-            " they do not belong together"
-        )
-    longest = text.max_position_embeddings
+    longest = model.get_text_config().max_position_embeddings
     if config.longest_sequence + room > longest:
         raise ConfigError(
             f"data.max_prompt_tokens + the longest answer is {config.longest_sequence} tokens, the model takes"
             f" {longest - room}; lower data.max_prompt_tokens, rollout.max_new_tokens or data.max_reference_tokens"
         )
     return tokenizer
+
+
+def check_text(config: Config, tokenizer: Any) -> ChatSettings:
+    """What decides about the tokens of a conversation beside the tokenizer, read from the model's files.
+
+    Proves that engines and a later user of an exported model read the tokenizer as it is here. Raises ConfigError.
+    """
+    from transformers import AutoTokenizer
+
+    path = config.model.path
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            settings = chat_settings(config.model)
+            write_tokenizer(tokenizer, folder)
+            again = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"model.path '{path}' cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        if not same_tokens(tokenizer, again):
+            raise ConfigError(
+                f"model.path '{path}': its tokenizer, written and read again, makes other tokens of the same text;"
+                " engines and exports would not see what is trained on"
+            )
+    return settings
 
 
 def check_all_rewards(config: Config) -> None:

@@ -14,7 +14,7 @@ from cluster.record.report import Report
 from cluster.run.checkpoints import Checkpoints
 from cluster.run.driver import train
 from cluster.run.parts import open_run
-from cluster.run.preflight import check_all_rewards, check_folder, check_model, check_pairs
+from cluster.run.preflight import check_all_rewards, check_folder, check_model, check_pairs, check_text
 from cluster.run.queue import Position
 from cluster.run.signals import cancel_on_signals
 from cluster.run.state import RunState, check_data, compare
@@ -29,7 +29,7 @@ def preflight(config: Config) -> PromptSet:
     check_folder(config)
     tokenizer = check_model(config)
     check_all_rewards(config)
-    prompts = load_prompts(config.data, tokenizer, config.run.seed)
+    prompts = load_prompts(config.data, tokenizer, config.run.seed, check_text(config, tokenizer))
     check_pairs(config, prompts)
     return prompts
 
@@ -44,7 +44,7 @@ async def run_session(config: Config, resume: bool) -> None:
         write_whole(folder.config, resolved(config))
         what = "reward" if config.learner.objective.online else "objective"
         with Report(config.learner.steps, state.step, what) as report:
-            for note in [*_bad_rows(prompts, folder), *notes, *describe_corrections(config)]:
+            for note in [*prompts.notes, *_bad_rows(prompts, folder), *notes, *describe_corrections(config)]:
                 report.note(note)
             report.recall(read_lines(folder.steps), read_lines(folder.evaluations))
             async with open_run(config, folder, checkpoints, prompts, state, report) as run:

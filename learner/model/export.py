@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import shutil
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from configs.schema import ModelConfig
+from rollout.text.tokenizer import load_tokenizer, write_tokenizer
+from rollout.text.turns import chat_settings, stop_ids, template_of
 from rollout.types import TensorSpec
 
 SHARD_BYTES = 4 * 2**30
@@ -71,14 +74,20 @@ def write_weights(
 
 
 def write_description(folder: str, hf: Any, model: ModelConfig) -> None:
-    """Config, generation config and tokenizer with its chat template; the model's own code where it is trusted."""
-    from transformers import AutoTokenizer
+    """Config, generation config and tokenizer with its chat template; the model's own code where it is trusted.
 
+    Whoever reads the generation config stops where training's references and samples have ended.
+    """
+    tokenizer = load_tokenizer(model.path, model.trust_remote_code)
     hf.config.save_pretrained(folder)
     if hf.can_generate() and hf.generation_config is not None:
+        generation = copy.deepcopy(hf.generation_config)
+        settings = chat_settings(model)
+        ends = () if template_of(tokenizer) is None else stop_ids(tokenizer, settings)
+        generation.eos_token_id = sorted({*ends, *settings.stop_ids}) or None
         # not save_pretrained: that refuses a config which the model came with and which every engine reads
-        hf.generation_config.to_json_file(Path(folder) / "generation_config.json")
-    AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code).save_pretrained(folder)
+        generation.to_json_file(Path(folder) / "generation_config.json")
+    write_tokenizer(tokenizer, folder)
     if model.trust_remote_code:
         for file in Path(model.path).glob("*.py"):
             shutil.copy(file, folder)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from configs.hub import split_revision
 from configs.schema import AttentionKernel, Dtype
 from learner.attention.padded import PaddedMap, padded_map
 from learner.attention.sequence import SequenceGroup
@@ -234,9 +235,10 @@ def config_of(path: str, trust_remote_code: bool) -> tuple[PretrainedConfig, boo
     Never for a type that transformers knows, even where the code is trusted (for its tokenizer, as Moonlight's has to
     be): code written for other versions of transformers does not let its attention be replaced.
     """
-    settings, _ = PretrainedConfig.get_config_dict(path)
+    path, revision = split_revision(path)
+    settings, _ = PretrainedConfig.get_config_dict(path, revision=revision)
     own_code = trust_remote_code and settings.get("model_type") not in CONFIG_MAPPING
-    config = AutoConfig.from_pretrained(path, trust_remote_code=own_code)
+    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=own_code)
     if not own_code and hasattr(config, "auto_map"):
         del config.auto_map  # an exported model does not bring that code along
     return config, own_code
@@ -252,10 +254,12 @@ def load_packed(
     refuse_later_tokens(config)
     _without_dropout(config)
     why = why_separate(config)
+    path, revision = split_revision(path)
 
     def load(attention: str | None) -> tuple[PreTrainedModel, list[str]]:
         hf, loading = auto.from_pretrained(
             path,
+            revision=revision,
             config=config,
             dtype=TORCH_DTYPE[dtype],
             attn_implementation=attention,

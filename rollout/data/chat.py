@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rollout.data.layouts import Example, Message
 from rollout.data.rows import DataError, RowError, one_line
+from rollout.text.answers import Body, Opening, body_of
+from rollout.text.control import ControlText
+from rollout.text.proof import Proof, refuse_lossy
+from rollout.text.thoughts import ThoughtError
+from rollout.text.tokenizer import TextError
+from rollout.text.turns import SENTINELS, ChatSettings, apply_template, stop_ids, template_of, turn_end
 from rollout.types import Turn
 
 if TYPE_CHECKING:
@@ -15,6 +22,9 @@ if TYPE_CHECKING:
 
 _BATCH = 1000
 """Rows tokenised in one call: enough to feed all cores, few enough that offsets and strings stay small in memory."""
+_PROVEN_ROWS, _PROVEN_EVERY = 2000, 20
+"""All of the first rows must decode to themselves, and every so many of the rest."""
+_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +38,7 @@ class Encoded:
     token_ids: tuple[int, ...]
     """[P]"""
     reference_ids: tuple[int, ...]
-    """[R] ends with EOS, which occurs nowhere else in it."""
+    """[R] ends with the token that ends a turn, which occurs nowhere else in it."""
     rejected_ids: tuple[int, ...] | None
     """[J] likewise."""
 
@@ -37,54 +47,92 @@ class Encoded:
 class _Rendered:
     messages: tuple[Turn, ...]
     text: str
+    """With masks where `masked`."""
     answers: tuple[str, ...]
-    """The reference and, where there is one, the rejected answer, as the template writes them, up to EOS."""
+    """The reference and, where there is one, the rejected answer, as the template writes them, up to the turn's end."""
+    masked: bool
+    """Whether somebody's text spells a control token."""
 
 
 class ChatEncoder:
     """Applies a tokenizer's chat template. Raises DataError where the tokenizer cannot serve for chat."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str | None) -> None:
-        if tokenizer.eos_token_id is None:
-            raise DataError("model.path: its tokenizer has no EOS token; set 'eos_token' in tokenizer_config.json")
-        try:
-            tokenizer.get_chat_template()
-        except ValueError as error:  # none, or several without a default
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, system: str | None, settings: ChatSettings | None = None
+    ) -> None:
+        """`settings` are the model's; without them the template gets no arguments and engines stop at EOS."""
+        settings = settings or ChatSettings()
+        if template_of(tokenizer) is None:
             raise DataError(
                 "model.path: its tokenizer has no chat template; use the model's chat or instruct version,"
                 " or put a chat_template.jinja into its folder"
-            ) from error
-        self._tokenizer = tokenizer
-        self._system = system
-        self._eos = tokenizer.eos_token
-        self._eos_id = tokenizer.eos_token_id
+            )
+        try:
+            self.end = turn_end(tokenizer, settings)
+            stops = stop_ids(tokenizer, settings)
+            refuse_lossy(tokenizer)
+        except TextError as error:
+            raise DataError(f"model.path: {error}") from error
+        self._tokenizer, self._system, self._settings = tokenizer, system, settings
+        self._stops = frozenset(stops)
+        self._control = ControlText(tokenizer)
+        self._proof = Proof(tokenizer, self._control)
+        self._template = template_of(tokenizer) or ""
         special = tokenizer.added_tokens_decoder.values()
         self._special = [token.content for token in special if token.special and not token.single_word]
         # Equal numbers share one object: 160,000 HH rows take 0.3 GB instead of 1.2 GB.
         self._shared = list(range(max(tokenizer.get_vocab().values()) + 1))
+        self._generation = self._generation_prompt()
+        self._empty = self._dropped = 0
+        if settings.vocabulary is not None and self.end.token_id >= settings.vocabulary:
+            raise DataError(
+                f"model.path: '{self.end.token}', which ends turns, is token {self.end.token_id}, and the model has"
+                f" only {settings.vocabulary}; model and tokenizer do not belong together"
+            )
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | RowError]:
         """Each example as tokens, or why it has none; as many results as examples, in their order."""
         results: list[Encoded | RowError] = []
         for start in range(0, len(examples), _BATCH):
             rendered = [self._render(example) for example in examples[start : start + _BATCH]]
-            encoded = self._tokenise([item for item in rendered if isinstance(item, _Rendered)])
-            results += [next(encoded) if isinstance(item, _Rendered) else item for item in rendered]
+            good = [(start + at, item) for at, item in enumerate(rendered) if isinstance(item, _Rendered)]
+            encoded = dict(zip((at for at, _ in good), self._encode(good), strict=True))
+            results += [
+                encoded[start + at] if isinstance(item, _Rendered) else item for at, item in enumerate(rendered)
+            ]
         return results
 
-    def _render(self, example: Example) -> _Rendered | RowError:
-        from jinja2.exceptions import TemplateError
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of all that was encoded; lines."""
+        notes = [] if self.end.note is None else [f"model.path: {self.end.note}"]
+        if self._empty:
+            notes.append(
+                f"{self._empty} answers of the data have no thought, and the chat template thinks: their tokens begin with"
+                " an empty thought. Imitated, they teach not to think, while samples do; set model.chat_template_kwargs:"
+                " {enable_thinking: false} if the template knows it, or take answers with thoughts"
+            )
+        if self._dropped:
+            notes.append(f"the thoughts of {self._dropped} answers are left out, because the prompt ends behind one")
+        return tuple(notes)
 
-        messages = self._with_system(example.messages)
+    def _render(self, example: Example) -> _Rendered | RowError:
         answers = (example.answer,) if example.rejected is None else (example.answer, example.rejected)
-        if any(self._eos in answer for answer in answers):
-            return RowError(f"an answer contains the EOS token '{self._eos}'")
         try:
-            text = self._apply(messages, add_generation_prompt=True)
+            messages = self._with_system(example.messages)
+            masked, safe = self._safe(messages)
+            for answer in answers:
+                self._refuse_control(answer)
+            text = self._apply(safe, prompt=True)
+            opening = Opening.of(text, self._without(safe, text))
+            bodies = [self._body(safe, opening, answer) for answer in answers]
             turns = tuple(Turn(role=message["role"], content=message["content"]) for message in messages)
-            return _Rendered(turns, text, tuple(self._render_answer(messages, text, answer) for answer in answers))
-        except TemplateError as error:
-            return RowError(f"the chat template refuses it ({one_line(error)})")
+        except RowError as error:
+            return error
+        self._empty += sum(body.empty_thought for body in bodies)
+        self._dropped += sum(body.dropped_thought for body in bodies)
+        if masked and self._control.is_private(self._control.unmask(text)):
+            return RowError("the chat template cuts a control token in the text of a message")
+        return _Rendered(turns, text, tuple(body.text for body in bodies), masked)
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         if self._system is None:
@@ -94,30 +142,86 @@ class ChatEncoder:
             return [{"role": "system", "content": content}, *messages[1:]]
         return [{"role": "system", "content": self._system}, *messages]
 
-    def _render_answer(self, messages: list[Message], prompt: str, answer: str) -> str:
-        """What the template writes between the prompt and EOS; the bare answer where it does not write it there.
+    def _safe(self, messages: Sequence[Message]) -> tuple[bool, list[Message]]:
+        """Whether a message spells control tokens, and the messages with those masked. Raises RowError."""
+        masked, safe = False, []
+        for message in messages:
+            role, content = message["role"], message["content"]
+            if role not in _ROLES and not (re.fullmatch(r"\w+", role) and role in self._template):
+                raise RowError(f"the chat template knows no role {role!r}")
+            if self._control.is_private(content):
+                raise RowError(f"a message of the {role} has private characters (U+10F800 to U+10F8FF)")
+            found = self._control.found(content, thoughts=role == "assistant")
+            if found:
+                changed = self._control.mask(content, found)
+                if changed is None:
+                    raise RowError(f"a message of the {role} contains '{found[0]}', a control token of the model")
+                masked, content = True, changed
+            safe.append({"role": role, "content": content})
+        return masked, safe
 
-        That is so where an assistant's turn in the past looks unlike the one that it opens for the model, and where
-        the template ends turns by another token than the tokenizer's EOS (chat templates of base models).
-        """
-        full = self._apply([*messages, {"role": "assistant", "content": answer}], add_generation_prompt=False)
-        body, eos, _ = full.removeprefix(prompt).partition(self._eos)
-        return body if full.startswith(prompt) and eos and answer.strip() in body else answer
+    def _refuse_control(self, answer: str) -> None:
+        found = self._control.found(answer, thoughts=True)
+        if self._tokenizer.eos_token in answer:
+            raise RowError(f"an answer contains the EOS token '{self._tokenizer.eos_token}'")
+        if found:
+            raise RowError(f"an answer contains '{found[0]}', a control token of the model")
+        if self._control.is_private(answer):
+            raise RowError("an answer has private characters (U+10F800 to U+10F8FF)")
 
-    def _apply(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        return self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+    def _body(self, messages: list[Message], opening: Opening, answer: str) -> Body:
+        def render(content: str) -> str:
+            return self._apply([*messages, {"role": "assistant", "content": content}], prompt=False)
 
-    def _tokenise(self, rendered: Sequence[_Rendered]) -> Iterator[Encoded]:
-        prompts = self._ids([item.text for item in rendered])
-        owners = [row for row, item in enumerate(rendered) for _ in item.answers]
-        bodies = [body for item in rendered for body in item.answers]
+        try:
+            return body_of(answer, opening, render, self.end)
+        except ThoughtError as error:
+            raise RowError(f"an answer {error}") from error
+
+    def _apply(self, messages: list[Message], prompt: bool) -> str:
+        try:
+            return apply_template(self._tokenizer, messages, self._settings, prompt)
+        except Exception as error:  # a template is a program and raises anything
+            raise RowError(f"the chat template refuses it ({one_line(error)})") from error
+
+    def _generation_prompt(self) -> str:
+        """What the template writes to open an answer, '' where that cannot be told in advance."""
+        question: list[Message] = [{"role": "user", "content": SENTINELS[0]}]
+        try:
+            return self._apply(question, prompt=True).removeprefix(self._apply(question, prompt=False))
+        except RowError:  # every row will say why
+            return ""
+
+    def _without(self, messages: list[Message], text: str) -> str | None:
+        """The conversation without generation prompt."""
+        if self._generation and SENTINELS[0] not in self._generation and text.endswith(self._generation):
+            return text.removesuffix(self._generation)
+        try:
+            return self._apply(messages, prompt=False)
+        except RowError:  # some templates take no conversation that ends with a user's turn
+            return None
+
+    def _encode(self, rendered: Sequence[tuple[int, _Rendered]]) -> Iterator[Encoded | RowError]:
+        """Of (number, row) pairs, in their order."""
+        made: dict[int, Encoded | RowError] = {}
+        for masked in (False, True):
+            ids = self._masked_ids if masked else self._ids
+            some = [(number, item) for number, item in rendered if item.masked is masked]
+            made |= zip((number for number, _ in some), self._tokenise(some, ids), strict=True)
+        return (made[number] for number, _ in rendered)
+
+    def _tokenise(
+        self, rendered: Sequence[tuple[int, _Rendered]], tokens: Callable[[Sequence[str]], list[tuple[int, ...]]]
+    ) -> Iterator[Encoded | RowError]:
+        texts = [item.text for _, item in rendered]
+        prompts = tokens(texts)
+        owners = [row for row, (_, item) in enumerate(rendered) for _ in item.answers]
+        bodies = [body for _, item in rendered for body in item.answers]
         # Tokenised together with what stands before it, an answer has the tokens of the whole conversation. Of that the
         # part from the last special token on is enough, and quicker: a tokenizer cuts there before all else.
-        tails = self._tails([item.text for item in rendered])
-        borders = [len(ids) for ids in self._ids(tails)]
-        joint = self._ids([tails[row] + body for row, body in zip(owners, bodies, strict=True)])
+        tails = self._tails(texts)
+        borders = [len(ids) for ids in tokens(tails)]
+        joint = tokens([tails[row] + body for row, body in zip(owners, bodies, strict=True)])
         answers = [ids[borders[row] :] for row, ids in zip(owners, joint, strict=True)]
         # Where a token reaches over the border, the answer alone gives what follows the prompt as the engine has it.
         torn = [
@@ -125,18 +229,38 @@ class ChatEncoder:
             for number, (row, ids) in enumerate(zip(owners, joint, strict=True))
             if ids[: borders[row]] != prompts[row][-borders[row] :]
         ]
-        for number, ids in zip(torn, self._ids([bodies[number] for number in torn]), strict=True):
+        for number, ids in zip(torn, tokens([bodies[number] for number in torn]), strict=True):
             answers[number] = ids
-        ended = iter((*ids, self._eos_id) for ids in answers)
-        for item, prompt in zip(rendered, prompts, strict=True):
-            reference, rejected = next(ended), next(ended) if len(item.answers) > 1 else None
-            yield Encoded(
-                messages=item.messages,
-                text=item.text,
-                token_ids=prompt,
-                reference_ids=reference,
-                rejected_ids=rejected,
-            )
+        following = iter(answers)
+        for (number, item), prompt in zip(rendered, prompts, strict=True):
+            yield self._checked(number, item, prompt, [next(following) for _ in item.answers])
+
+    def _checked(
+        self, number: int, item: _Rendered, prompt: tuple[int, ...], answers: Sequence[tuple[int, ...]]
+    ) -> Encoded | RowError:
+        text = self._control.unmask(item.text) if item.masked else item.text
+        proven = number < _PROVEN_ROWS or number % _PROVEN_EVERY == 0
+        ended = []
+        for body, ids in zip(item.answers, answers, strict=True):
+            if not prompt or not ids:
+                return RowError("the tokenizer makes a control token of the text of a message")
+            if not self._stops.isdisjoint(ids):
+                return RowError("an answer has a token at which samples end before it has ended")
+            why = self._proof.why_not(text + body, prompt + ids) if proven or item.masked else None
+            if why is not None:
+                return RowError(f"its tokens do not decode to its text: {why}")
+            ended.append((*ids, self.end.token_id))
+        highest = max(max(prompt), *(max(ids) for ids in ended))
+        if self._settings.vocabulary is not None and highest >= self._settings.vocabulary:
+            name = self._tokenizer.convert_ids_to_tokens(highest)
+            return RowError(f"'{name}' is token {highest}, and the model has only {self._settings.vocabulary}")
+        return Encoded(
+            messages=item.messages,
+            text=text,
+            token_ids=prompt,
+            reference_ids=ended[0],
+            rejected_ids=ended[1] if len(ended) > 1 else None,
+        )
 
     def _tails(self, texts: Sequence[str]) -> list[str]:
         """Every text from its last special token on; the whole text where it has none."""
@@ -147,4 +271,11 @@ class ChatEncoder:
         if not texts:
             return []
         encoded = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return [tuple(map(self._shared.__getitem__, ids)) for ids in encoded["input_ids"]]
+        return [self._share(ids) for ids in encoded["input_ids"]]
+
+    def _masked_ids(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Of texts with masks; nothing for one in which the tokenizer makes a control token out of pieces."""
+        return [self._share(ids or ()) for ids in self._control.ids(texts)] if texts else []
+
+    def _share(self, ids: Iterable[int]) -> tuple[int, ...]:
+        return tuple(map(self._shared.__getitem__, ids))

@@ -20,6 +20,7 @@ from configs.schema import DataConfig
 from rollout.data.chat import ChatEncoder, Encoded
 from rollout.data.layouts import LAYOUTS, Example, detect_layout, parse_row
 from rollout.data.rows import GENERATOR, DataError, Row, RowError, generate_rows, generator_seed, read_rows
+from rollout.text.turns import ChatSettings
 from rollout.types import Prompt
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class PromptSet:
     skipped: tuple[BadRow, ...]
     fingerprint: str
     """Hex digest over ids and tokens of all prompts; equal where a run can be resumed on them."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how turns end and thoughts were taken; lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +86,17 @@ def _permutation(count: int, seed: int, data_pass: int) -> Sequence[int]:
     return indices
 
 
-def load_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PromptSet:
-    """Load, check and tokenise the data of a run.
+def load_prompts(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, settings: ChatSettings | None = None
+) -> PromptSet:
+    """Load, check and tokenise the data of a run; `settings` are the model's, see ChatEncoder.
 
     Held out are the first `heldout_rows` rows of data.heldout or the last of data.train. Of a generator they come from
     a seed of their own that does not follow `seed`: runs with other seeds are measured on the same held-out prompts.
     Raises DataError: no such source, layout or generator; all rows bad; a bad row with data.bad_rows 'refuse'; a
     tokenizer without chat template or EOS.
     """
-    encoder = ChatEncoder(tokenizer, data.system)
+    encoder = ChatEncoder(tokenizer, data.system, settings)
     ids: dict[str, int] = {}
     train_part, heldout_part = _parts(data, seed)
     heldout, heldout_bad = _load(heldout_part, data, encoder, ids)
@@ -108,7 +113,13 @@ def load_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
         raise DataError(f"data.train: no row is left, because {leaks[0]}; name other held-out data")
     skipped = sorted([*heldout_bad, *train_bad, *leaks], key=lambda row: (row.source, row.row))
     prompts, held = tuple(train.values()), tuple(heldout.values())
-    return PromptSet(train=prompts, heldout=held, skipped=tuple(skipped), fingerprint=_fingerprint(prompts, held))
+    return PromptSet(
+        train=prompts,
+        heldout=held,
+        skipped=tuple(skipped),
+        fingerprint=_fingerprint(prompts, held),
+        notes=encoder.notes(),
+    )
 
 
 @dataclass(frozen=True, slots=True)

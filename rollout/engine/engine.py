@@ -16,7 +16,7 @@ from collections.abc import Awaitable
 from typing import Any, Literal, TypeVar
 
 import psutil
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerBase
 from vllm import AsyncEngineArgs, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
@@ -27,11 +27,14 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
+from configs.hub import split_revision
 from configs.schema import ModelConfig, RolloutConfig
 from rollout.engine.guard import mark_host, remove_folder
 from rollout.errors import EngineDead, RolloutError
 from rollout.ports import free_port
 from rollout.seeds import sample_seed
+from rollout.text.tokenizer import AnswerText, load_tokenizer, same_tokens, write_tokenizer
+from rollout.text.turns import chat_settings, stop_ids, template_of
 from rollout.types import Parameters, Prompt, Sample, Sampling
 
 Device = Literal["cpu", "gpu"]
@@ -47,13 +50,13 @@ END_TIMEOUT_S = 10.0
 class Engine:
     """Made by `start`. Every method raises EngineDead once the engine is gone."""
 
-    def __init__(self, llm: AsyncLLM, transport: Transport, folder: str) -> None:
-        """`folder` has the sockets of vLLM's processes and goes with them."""
+    def __init__(self, llm: AsyncLLM, transport: Transport, folder: str, text: AnswerText, stops: list[int]) -> None:
+        """`folder` has the sockets of vLLM's processes and goes with them; samples end at the tokens `stops`."""
         self._llm = llm
+        self._text, self._stops = text, stops
         self._transport = transport
         self._folder = folder
         self._open, self._sent = asyncio.Event(), asyncio.Event()  # of an update by 'ipc'
-        self._tokenizer = llm.get_tokenizer()
         cache = llm.vllm_config.cache_config
         self._block = cache.block_size
         self._shares_prompts = cache.enable_prefix_caching  # vLLM turns it off where it cannot do it
@@ -68,14 +71,20 @@ class Engine:
     ) -> Engine:
         """Start vLLM's processes, about half a minute for any small model. Raises RolloutError."""
         _set_environment(rollout, device, transport)
-        arguments = _arguments(model, rollout, device, longest_sequence, transport)
         folder = mark_host()
         try:
+            tokenizer = load_tokenizer(model.path, model.trust_remote_code)
+            stops = [] if template_of(tokenizer) is None else stop_ids(tokenizer, chat_settings(model))
+            arguments = _arguments(model, rollout, device, longest_sequence, transport)
+            arguments.tokenizer = _tokenizer_for(tokenizer, folder)
             llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)  # blocks; the actor stays responsive
+            if not same_tokens(tokenizer, llm.get_tokenizer()):
+                llm.shutdown()
+                raise ValueError("vLLM reads the tokenizer otherwise than the driver")
         except (ValueError, RuntimeError, OSError, AssertionError) as error:
             remove_folder(folder)
             raise RolloutError(f"the engine for '{model.path}' did not start: {_one_line(error)}") from error
-        engine = cls(llm, transport, folder)
+        engine = cls(llm, transport, folder, AnswerText(tokenizer), list(stops))
         await engine.watched(llm.update_weight_version(str(NO_VERSION)))
         return engine
 
@@ -93,7 +102,8 @@ class Engine:
 
     async def sample(self, prompt: Prompt, sampling: Sampling, index: int) -> Sample:
         """Sample number `index` of a group. Call through `watched`."""
-        return self._sample(prompt, sampling, await self._answer(prompt, _parameters(sampling, index), str(index)))
+        parameters = _parameters(sampling, index, self._stops)
+        return self._sample(prompt, await self._answer(prompt, parameters, str(index)))
 
     async def logprobs(self, prompt: Prompt, answer: tuple[int, ...]) -> tuple[float, ...]:
         """[T] log-probability of each token of a given answer at temperature 1. Call through `watched`.
@@ -230,7 +240,7 @@ class Engine:
         if not self._death.done():
             self._death.set_result(reason)
 
-    def _sample(self, prompt: Prompt, sampling: Sampling, output: CompletionOutput) -> Sample:
+    def _sample(self, prompt: Prompt, output: CompletionOutput) -> Sample:
         finish = output.finish_reason
         token_ids, logprobs = tuple(output.token_ids), tuple(output.logprobs.logprobs)
         if finish not in ("stop", "length") or not token_ids or len(token_ids) != len(logprobs):
@@ -245,13 +255,19 @@ class Engine:
             first_version=int(spans[0].version),
             last_version=int(spans[-1].version),
             finish=finish,
-            text=output.text if sampling.stop else self._text(token_ids, finish),
+            text=self._shown(token_ids, finish, output.stop_reason),
         )
 
-    def _text(self, token_ids: tuple[int, ...], finish: str) -> str:
-        """Text at once at the end: cheaper than vLLM's token by token, which only stop strings need."""
-        shown = token_ids[:-1] if finish == "stop" else token_ids
-        return str(self._tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def _shown(self, token_ids: tuple[int, ...], finish: str, reason: int | str | None) -> str:
+        """The answer without the token or string at which it ended.
+
+        Text at once at the end: cheaper than vLLM's token by token, which only stop strings need, and it has thought
+        tags.
+        """
+        if isinstance(reason, str):
+            text = self._text(token_ids)
+            return text[: text.index(reason)] if reason in text else text
+        return self._text(token_ids[:-1] if finish == "stop" else token_ids)
 
 
 def _set_environment(rollout: RolloutConfig, device: Device, transport: Transport) -> None:
@@ -291,8 +307,12 @@ def _arguments(
         if _has_latent_attention(model):
             # vLLM 0.32's CPU kernel for rotary embeddings turns one head of several, so the plain code has to do it
             own["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
+    name, revision = split_revision(model.path)
     return AsyncEngineArgs(
-        model=model.path,
+        model=name,
+        revision=revision,
+        # vLLM would read a tekken.json beside tokenizer.json by other rules than the driver
+        tokenizer_mode="hf",
         trust_remote_code=model.trust_remote_code,
         dtype=rollout.dtype,
         max_model_len=longest_sequence,
@@ -312,16 +332,30 @@ def _arguments(
 
 def _has_latent_attention(model: ModelConfig) -> bool:
     """DeepSeek's attention, the one family that hands its heads to the rotary embedding one by one."""
-    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    name, revision = split_revision(model.path)
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=model.trust_remote_code)
     return getattr(config.get_text_config(), "kv_lora_rank", None) is not None
 
 
-def _parameters(sampling: Sampling, index: int) -> SamplingParams:
+def _tokenizer_for(tokenizer: PreTrainedTokenizerBase, folder: str) -> str | None:
+    """Where vLLM reads the tokenizer: as the driver has it, whatever class the model's files name.
+
+    None is the model's own, for a tokenizer that is code of the model's.
+    """
+    if not tokenizer.is_fast or not type(tokenizer).__module__.startswith("transformers."):
+        return None
+    path = os.path.join(folder, "tokenizer")
+    write_tokenizer(tokenizer, path)
+    return path
+
+
+def _parameters(sampling: Sampling, index: int, stops: list[int]) -> SamplingParams:
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         max_tokens=sampling.max_new_tokens,
         stop=list(sampling.stop),
+        stop_token_ids=stops,
         seed=sample_seed(sampling.seed, index),
         logprobs=0,  # the sampled token's alone
         flat_logprobs=True,

@@ -18,11 +18,12 @@ FILES = sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "configs": (),
     "rollout": ("configs",),
-    "reward": ("configs", "rollout.types"),
-    "learner": ("configs", "rollout.types", "rollout.abandoned", "rollout.ports", "reward.types"),
+    "reward": ("configs", "rollout.types", "rollout.text"),
+    "learner": ("configs", "rollout.types", "rollout.text", "rollout.abandoned", "rollout.ports", "reward.types"),
     "cluster": (
         "configs",
         "rollout.types",
+        "rollout.text",
         "rollout.data.prompts",
         "rollout.worker",
         "reward.types",
@@ -37,7 +38,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 # Inner rooms and files of a room, from its face down: each imports only what stands below it.
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "rollout": (("worker",), ("data", "engine"), ("types", "errors", "seeds", "ports", "abandoned")),
+    "rollout": (("worker",), ("data", "engine"), ("text",), ("types", "errors", "seeds", "ports", "abandoned")),
     "learner": (
         ("worker",),
         ("passes",),
