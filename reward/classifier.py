@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
+from configs.hub import split_revision
 from configs.rewards import ModelReward
 from reward.errors import RewardError, one_line
 
@@ -26,8 +27,10 @@ class Classifier:
         self._field, self._device = field, torch.device(device)
         where = f"{field}.path '{reward.path}'"
         try:
+            name, revision = split_revision(reward.path)
             model, found = AutoModelForSequenceClassification.from_pretrained(
-                reward.path,
+                name,
+                revision=revision,
                 dtype=getattr(torch, reward.dtype),
                 trust_remote_code=reward.trust_remote_code,
                 output_loading_info=True,

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from configs.hub import split_revision
 from configs.rewards import ModelReward
 from configs.schema import ModelConfig
 from reward.errors import NotRetryable, RewardError, one_line
 from reward.types import ScoreRequest
+from rollout.text.control import ControlText
+from rollout.text.tokenizer import TextError, load_tokenizer
+from rollout.text.turns import chat_settings, stop_ids, template_of
 
 SUFFIX = "ForSequenceClassification"
 
@@ -17,8 +21,8 @@ class Sequences:
     """Token sequences of one reward model.
 
     Where its tokenizer has the policy's vocabulary and chat template, it reads exactly the policy's tokens, followed by
-    EOS where the answer was cut off or ended at a stop string: training showed it ended answers only. Else it reads
-    prompt and answer as its own chat template writes them.
+    the token that ends a turn where the answer was cut off or ended at a stop string: training showed it ended answers
+    only. Else it reads prompt and answer as its own chat template writes them.
     """
 
     def __init__(self, reward: ModelReward, field: str, policy: ModelConfig) -> None:
@@ -29,28 +33,25 @@ class Sequences:
         policies = _tokenizer(policy.path, policy.trust_remote_code, "model.path")
         text = settings.get_text_config()
         self._vocabulary: int = text.vocab_size
-        if len(self._tokenizer) > self._vocabulary:
-            raise RewardError(
-                f"{field}.path '{reward.path}': the tokenizer has {len(self._tokenizer)} tokens, the model only"
-                f" {self._vocabulary}; they do not belong together"
-            )
-        template = _template(self._tokenizer)
+        template = template_of(self._tokenizer)
         if template is None:
             raise RewardError(
                 f"{field}.path '{reward.path}': its tokenizer has no chat template; put the chat_template.jinja that it"
                 " was trained with into its folder"
             )
         self.reads_policy_tokens = (
-            template == _template(policies) and self._tokenizer.get_vocab() == policies.get_vocab()
+            template == template_of(policies) and self._tokenizer.get_vocab() == policies.get_vocab()
         )
-        self._eos: int = policies.eos_token_id
-        self._ends = {number for number, token in policies.added_tokens_decoder.items() if token.special} | {self._eos}
+        stops = _stops(policies, policy)
+        self._end: int = stops[0]
+        self._ends = {number for number, token in policies.added_tokens_decoder.items() if token.special} | {*stops}
+        self._control = ControlText(self._tokenizer)
         limits = (reward.max_tokens, reward.tokens_per_batch, getattr(text, "max_position_embeddings", None))
         self._limit: int = min(limit for limit in limits if limit is not None and limit > 0)
 
     def check_length(self, longest: int) -> None:
         """Refuse a run whose prompt and answer can have `longest` tokens of the policy where that is too long."""
-        need = longest + 1  # an answer that is cut off gets EOS
+        need = longest + 1  # an answer that is cut off gets its end
         if self.reads_policy_tokens and need > self._limit:
             raise RewardError(
                 f"{self._field} takes {self._limit} tokens ({_LEAST}), a prompt with its answer can have {need}; raise"
@@ -71,18 +72,29 @@ class Sequences:
 
     def _joined(self, request: ScoreRequest) -> tuple[int, ...]:
         ended = request.finish == "stop" and request.answer_ids and request.answer_ids[-1] in self._ends
-        return (*request.prompt_ids, *request.answer_ids, *(() if ended else (self._eos,)))
+        return (*request.prompt_ids, *request.answer_ids, *(() if ended else (self._end,)))
 
     def _rendered(self, request: ScoreRequest) -> tuple[int, ...]:
-        from jinja2.exceptions import TemplateError
-
-        turns = [{"role": turn.role, "content": turn.content} for turn in request.messages]
-        turns.append({"role": "assistant", "content": request.answer_text})
+        said = [(turn.role, turn.content) for turn in request.messages] + [("assistant", request.answer_text)]
+        turns = [{"role": role, "content": self._masked(role, content)} for role, content in said]
         try:
             text = self._tokenizer.apply_chat_template(turns, tokenize=False)
-        except TemplateError as error:
+        except Exception as error:  # a template is a program and raises anything
             raise NotRetryable(f"the chat template of {self._field}.path refuses it: {one_line(error)}") from error
-        return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if turns == [{"role": role, "content": content} for role, content in said]:
+            return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids = self._control.ids([text])[0]
+        if ids is None:
+            raise NotRetryable(f"a control token of {self._field}.path in its text cannot be told from the template's")
+        return tuple(ids)
+
+    def _masked(self, role: str, content: str) -> str:
+        """A message in which control tokens of the reward model are marked as text, so that nobody forges a turn."""
+        found = self._control.found(content, thoughts=role == "assistant")
+        masked = self._control.mask(content, found) if found else content
+        if masked is None or self._control.is_private(content):
+            raise NotRetryable(f"a control token of {self._field}.path in its text cannot be told from the template's")
+        return masked
 
 
 _LEAST = "the least of its max_tokens, its tokens_per_batch and the model's own limit"
@@ -93,11 +105,12 @@ def _settings(reward: ModelReward, field: str) -> Any:
     from transformers import AutoConfig
 
     path, where = reward.path, f"{field}.path '{reward.path}'"
-    means_folder = os.path.isdir(path) or path.startswith((".", "/", "~")) or path.count("/") != 1
+    means_folder = os.path.isdir(path) or path.startswith((".", "/", "~")) or split_revision(path)[0].count("/") != 1
     if means_folder and not os.path.isfile(os.path.join(path, "config.json")):
         raise RewardError(f"{where} holds no config.json; give the folder of a reward model")
     try:
-        settings = AutoConfig.from_pretrained(path, trust_remote_code=reward.trust_remote_code)
+        name, revision = split_revision(path)
+        settings = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=reward.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise RewardError(f"{where} cannot be loaded: {one_line(error)}") from error
     names = settings.architectures or ["model of unknown architecture"]
@@ -110,16 +123,15 @@ def _settings(reward: ModelReward, field: str) -> Any:
 
 
 def _tokenizer(path: str, trust_remote_code: bool, field: str) -> Any:
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return load_tokenizer(path, trust_remote_code)
+    except TextError as error:
+        raise RewardError(f"{field} '{path}': {error}") from error
+
+
+def _stops(tokenizer: Any, policy: ModelConfig) -> tuple[int, ...]:
+    """The tokens at which the policy's answers end, the one that ends its references first."""
+    try:
+        return stop_ids(tokenizer, chat_settings(policy))
     except (OSError, ValueError, KeyError) as error:
-        raise RewardError(f"{field} '{path}': its tokenizer cannot be loaded: {one_line(error)}") from error
-
-
-def _template(tokenizer: Any) -> str | None:
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError:  # none, or several without a default
-        return None
+        raise RewardError(f"model.path '{policy.path}': {one_line(error)}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,24 +63,34 @@ def check_model(config: Config, room: int = 0) -> Any:
 def check_text(config: Config, tokenizer: Any) -> ChatSettings:
     """What decides about the tokens of a conversation beside the tokenizer, read from the model's files.
 
-    Proves that engines and a later user of an exported model read the tokenizer as it is here. Raises ConfigError.
+    Proves that engines read the tokenizer as it is here, and notes where a user of an exported model would not. Raises
+    ConfigError.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
-    path = config.model.path
+    path, trust = config.model.path, config.model.trust_remote_code
+    name, revision = split_revision(path)
     with tempfile.TemporaryDirectory() as folder:
         try:
             settings = chat_settings(config.model)
             write_tokenizer(tokenizer, folder)
-            again = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
+            as_in_engine = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+            AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust).save_pretrained(folder)
+            as_exported = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"model.path '{path}' cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-        if not same_tokens(tokenizer, again):
+        if not same_tokens(tokenizer, as_in_engine):
             raise ConfigError(
                 f"model.path '{path}': its tokenizer, written and read again, makes other tokens of the same text;"
-                " engines and exports would not see what is trained on"
+                " engines would not see what is trained on"
             )
-    return settings
+    if same_tokens(tokenizer, as_exported):
+        return settings
+    note = (
+        "transformers' AutoTokenizer overrules its tokenizer.json, which engines and learner follow; load it, and"
+        " models that this run exports, by PreTrainedTokenizerFast"
+    )
+    return replace(settings, notes=(note,))
 
 
 def check_all_rewards(config: Config) -> None:

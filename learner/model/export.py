@@ -82,9 +82,10 @@ def write_description(folder: str, hf: Any, model: ModelConfig) -> None:
     hf.config.save_pretrained(folder)
     if hf.can_generate() and hf.generation_config is not None:
         generation = copy.deepcopy(hf.generation_config)
-        settings = chat_settings(model)
-        ends = () if template_of(tokenizer) is None else stop_ids(tokenizer, settings)
-        generation.eos_token_id = sorted({*ends, *settings.stop_ids}) or None
+        ends = () if template_of(tokenizer) is None else stop_ids(tokenizer, chat_settings(model))
+        own = generation.eos_token_id
+        own = [] if own is None else own if isinstance(own, list) else [own]
+        generation.eos_token_id = sorted({*ends, *own}) or None
         # not save_pretrained: that refuses a config which the model came with and which every engine reads
         generation.to_json_file(Path(folder) / "generation_config.json")
     write_tokenizer(tokenizer, folder)

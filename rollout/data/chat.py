@@ -104,12 +104,12 @@ class ChatEncoder:
 
     def notes(self) -> tuple[str, ...]:
         """What a user should know of all that was encoded; lines."""
-        notes = [] if self.end.note is None else [f"model.path: {self.end.note}"]
+        notes = [f"model.path: {note}" for note in (*self._settings.notes, self.end.note) if note is not None]
         if self._empty:
             notes.append(
-                f"{self._empty} answers of the data have no thought, and the chat template thinks: their tokens begin with"
-                " an empty thought. Imitated, they teach not to think, while samples do; set model.chat_template_kwargs:"
-                " {enable_thinking: false} if the template knows it, or take answers with thoughts"
+                f"{self._empty} answers of the data have no thought, and the chat template thinks: they begin with an"
+                " empty thought. Imitated, they teach not to think, while samples do; set model.chat_template_kwargs"
+                " to {enable_thinking: false} if the template knows it, or take answers with thoughts"
             )
         if self._dropped:
             notes.append(f"the thoughts of {self._dropped} answers are left out, because the prompt ends behind one")

@@ -16,7 +16,7 @@ def refuse_lossy(tokenizer: PreTrainedTokenizerBase) -> None:
     back = plain_text(tokenizer, plain_ids(tokenizer, PLAIN_TEXT))
     if not _same(tokenizer, PLAIN_TEXT, back):
         raise TextError(
-            f"its tokenizer turns {PLAIN_TEXT[:17]!r}... into tokens that read {back[:24]!r}...; its files do not"
+            f"its tokenizer turns {PLAIN_TEXT[:15]!r}... into tokens that read {back[:24]!r}...; its files do not"
             " belong together, take those of the model's maker"
         )
 

@@ -52,8 +52,10 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
             if not _reads_as(plain, file) and not same_tokens(plain, found):
                 raise TextError("transformers cannot read its tokenizer.json as it is; upgrade transformers")
             found = plain
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise error if isinstance(error, TextError) else TextError(_why_not_loaded(name, error)) from error
+    except TextError:
+        raise
+    except Exception as error:  # tokenizers raises no kind of its own, and classes of models raise anything
+        raise TextError(_why_not_loaded(error)) from error
     if (Path(name) / "tekken.json").is_file() and found.eos_token is None:
         found.bos_token, found.eos_token = "<s>", "</s>"  # tekken.json names no roles; these are Mistral's
     return found
@@ -141,7 +143,7 @@ def _reads_as(tokenizer: PreTrainedTokenizerBase, file: str) -> bool:
     return bool(plain_text(tokenizer, ids) == raw.decode(ids, skip_special_tokens=False))
 
 
-def _why_not_loaded(name: str, error: Exception) -> str:
+def _why_not_loaded(error: Exception) -> str:
     text = " ".join(str(error).split())[:300]
     if "sentencepiece" in text or "tiktoken" in text:
         return (

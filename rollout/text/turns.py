@@ -30,6 +30,8 @@ class ChatSettings:
     """Tokens at which an engine stops by itself: eos_token_id of generation_config.json, else of config.json."""
     vocabulary: int | None = None
     """Rows of the model's embedding; None is not looked at."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of the model's files; lines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,9 +108,9 @@ def any_of(tokens: Iterator[str] | Mapping[str, int] | Sequence[str]) -> re.Patt
 def turn_end(tokenizer: PreTrainedTokenizerBase, settings: ChatSettings) -> TurnEnd:
     """The token that ends an answer: what the template writes after one, else EOS. Raises TextError without EOS.
 
-    Of several in a row it is the first at which engines stop by themselves, so that a reference has all that a sample
-    has. A template may write nothing after the last answer; then it is what closes an answer in the past, or begins
-    the next turn if engines stop at that (GLM's <|user|>).
+    That stands behind answers in the past too. Of several in a row it is the first at which engines stop by themselves,
+    so that a reference has all that a sample has. A template may write nothing after the last answer; then it is what
+    closes an answer in the past, or begins the next turn if engines stop at that (GLM's <|user|>).
     """
     eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
     if eos is None or eos_id is None:
@@ -116,11 +118,15 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, settings: ChatSettings) -> Turn
     controls = control_tokens(tokenizer)
     stops = {*settings.stop_ids, eos_id}
     last, past = _written_after(tokenizer, settings, controls)
-    found = next((name for name in last if controls[name] in stops), None)
-    if found is None:  # a template may write the next prompt's beginning there as well
-        found = next((name for name in last if name in past.all), None)
-    if found is None:
-        found = next((name for name in past.all if controls[name] in stops), past.own[0] if past.own else None)
+    # What only the last answer has may end the conversation (Phi's EOS) or begin the next prompt.
+    both = last if past is None else tuple(name for name in last if name in past.all)
+    ranked = [
+        *(name for name in both if controls[name] in stops),
+        *both,
+        *(name for name in last if controls[name] in stops),
+        *(() if past is None else (*(name for name in past.all if controls[name] in stops), *past.own)),
+    ]
+    found = ranked[0] if ranked else None
     if found is None:
         return TurnEnd(
             token=str(eos),
@@ -150,8 +156,11 @@ class _Past:
 
 def _written_after(
     tokenizer: PreTrainedTokenizerBase, settings: ChatSettings, controls: Mapping[str, int]
-) -> tuple[tuple[str, ...], _Past]:
-    """Control tokens that stand behind the last answer with only white space between, and behind a past one."""
+) -> tuple[tuple[str, ...], _Past | None]:
+    """Control tokens that stand behind the last answer with only white space between, and behind a past one.
+
+    None where the template takes no past answer.
+    """
     first, answer, second = SENTINELS
     question, said = {"role": "user", "content": first}, {"role": "assistant", "content": answer}
     pattern = any_of(controls)
@@ -159,7 +168,7 @@ def _written_after(
     behind = "" if last is None else last.rpartition(answer)[2]
     longer = _render(tokenizer, [question, said, {"role": "user", "content": second}], settings)
     if longer is None or not all(one in longer for one in SENTINELS):
-        return _run(behind, pattern), _Past((), ())
+        return _run(behind, pattern), None
     between = longer.rpartition(answer)[2].partition(second)[0]
     opening = longer.partition(first)[0]
     pairs = zip(reversed(between), reversed(opening), strict=False)

@@ -71,7 +71,7 @@ def test_what_the_template_writes_around_the_answer_is_part_of_the_reference(tmp
     ("template", "why"),
     [
         ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}<|assistant|>", "never writes EOS"),
-        (TURNS + "{% if add_generation_prompt %}<|assistant|><think>{% endif %}", "opens the answer in another way"),
+        (TURNS + "{% if add_generation_prompt %}<|assistant|>Well: {% endif %}", "opens the answer in another way"),
         (
             "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('no')[-1] }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}",
