@@ -57,11 +57,11 @@ class Prompt:
     text: str
     """The same prompt as text, for samples.jsonl and for rewards."""
     reference_ids: tuple[int, ...]
-    """[R] the reference answer y, ending with EOS."""
+    """[R] the reference answer y, ending with the token that ends a turn, at which samples end as well."""
     reference_text: str
-    """The reference answer without EOS, as the data has it."""
+    """The reference answer as the data has it, its thought included."""
     rejected_ids: tuple[int, ...] | None
-    """[J] the rejected answer ending with EOS, or None where the data has no such column."""
+    """[J] the rejected answer ending likewise, or None where the data has no such column."""
     rejected_text: str | None
     extra: Mapping[str, Any]
     """Further columns of the row, for rewards (JSON values only)."""
@@ -82,6 +82,7 @@ class Sample:
     finish: Finish
     """'stop' for a stop token or stop string, 'length' for the token limit."""
     text: str
+    """Without special tokens, and without what ended it; thought tags stay, special or not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

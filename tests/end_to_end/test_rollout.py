@@ -6,7 +6,9 @@ One engine serves all tests but the last ones, which kill theirs. Versions only 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -16,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from configs.schema import ModelConfig, RolloutConfig
 from rollout.types import Group, Parameters, Prompt, Sample, Sampling
@@ -26,7 +28,7 @@ from tests.publishing import Publisher, with_wrong_checksum
 
 LONGEST = 512
 TOLERANCE = 1e-4
-EOS = 0
+TURN_END, EOS = 0, 4  # '<|end|>' and '<|system|>'
 
 
 def make_worker(model: Path, **settings: object) -> RolloutWorker:
@@ -66,7 +68,7 @@ class Live:
             id="test",
             token_ids=ids,
             text=text,
-            reference_ids=(5, EOS),
+            reference_ids=(5, TURN_END),
             reference_text="",
             rejected_ids=None,
             rejected_text=None,
@@ -102,12 +104,30 @@ def sampling(samples: int = 4, temperature: float = 0.7, tokens: int = 24, seed:
     )
 
 
+def with_awkward_text(model: Path, folder: Path) -> Path:
+    """The same model with files as some makers write them.
+
+    No file names "<|end|>", with which the template ends turns; the class named for the tokenizer replaces its rules.
+    """
+    shutil.copytree(model, folder)
+    for name, settings in (
+        ("tokenizer_config.json", {"tokenizer_class": "LlamaTokenizerFast", "eos_token": "<|system|>"}),
+        ("config.json", {"eos_token_id": EOS}),
+        ("generation_config.json", {"eos_token_id": [EOS]}),
+    ):
+        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **settings}))
+    lossy = AutoTokenizer.from_pretrained(folder)
+    assert "Whatis" in str(lossy.decode(lossy("What is 7?")["input_ids"]))
+    return folder
+
+
 @pytest.fixture(scope="session")
 async def live(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Live]:
-    worker = make_worker(tiny_model)
+    folder = with_awkward_text(tiny_model, tmp_path_factory.mktemp("model") / "awkward")
+    worker = make_worker(folder)
     await worker.start()
     assert await worker.version() == -1
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     shared = Live(worker, model, tmp_path_factory.mktemp("versions"))
     await shared.update()
     yield shared
@@ -173,14 +193,16 @@ async def test_nucleus_sampling_gives_the_truncated_distribution(live: Live) -> 
     assert 0.05 < gain.max() <= 0.6932  # at most log 2: at least half of the probability stays
 
 
-async def test_a_sample_ends_with_eos_or_at_the_limit(live: Live) -> None:
+async def test_a_sample_ends_where_a_turn_ends_or_with_eos_or_at_the_limit(live: Live) -> None:
     group = await live.worker.generate(live.prompt(), sampling(samples=32, temperature=2.0, tokens=60))
     stopped = [sample for sample in group.samples if sample.finish == "stop"]
     cut = [sample for sample in group.samples if sample.finish == "length"]
     assert stopped
     assert cut
-    assert all(s.token_ids[-1] == EOS and EOS not in s.token_ids[:-1] for s in stopped)
-    assert all(len(s.token_ids) == 60 and EOS not in s.token_ids for s in cut)
+    assert {s.token_ids[-1] for s in stopped} == {TURN_END, EOS}
+    assert not any({TURN_END, EOS} & {*s.token_ids[:-1]} for s in stopped)
+    assert all(len(s.token_ids) == 60 and not {TURN_END, EOS} & {*s.token_ids} for s in cut)
+    assert any(" " in s.text for s in group.samples)  # the class would have shown none
     assert live.gap(group, 2.0) < TOLERANCE
 
 
