@@ -105,6 +105,11 @@ class ChatEncoder:
     def notes(self) -> tuple[str, ...]:
         """What a user should know of all that was encoded; lines."""
         notes = [f"model.path: {note}" for note in (*self._settings.notes, self.end.note) if note is not None]
+        if "strftime_now" in self._template and not self._settings.template_kwargs:
+            notes.append(
+                "model.path: the chat template may write today's date, and a run that goes on on another day would have"
+                " other prompts; give a date by model.chat_template_kwargs (Llama 3: {date_string: 26 Jul 2024})"
+            )
         if self._empty:
             notes.append(
                 f"{self._empty} answers of the data have no thought, and the chat template thinks: they begin with an"
@@ -123,7 +128,7 @@ class ChatEncoder:
             for answer in answers:
                 self._refuse_control(answer)
             text = self._apply(safe, prompt=True)
-            opening = Opening.of(text, self._without(safe, text))
+            opening = Opening.of(text, self._generated(safe, text))
             bodies = [self._body(safe, opening, answer) for answer in answers]
             turns = tuple(Turn(role=message["role"], content=message["content"]) for message in messages)
         except RowError as error:
@@ -192,14 +197,17 @@ class ChatEncoder:
         except RowError:  # every row will say why
             return ""
 
-    def _without(self, messages: list[Message], text: str) -> str | None:
-        """The conversation without generation prompt."""
+    def _generated(self, messages: list[Message], text: str) -> str:
+        """What the template wrote behind the last message of a prompt."""
         if self._generation and SENTINELS[0] not in self._generation and text.endswith(self._generation):
-            return text.removesuffix(self._generation)
+            return self._generation
         try:
-            return self._apply(messages, prompt=False)
+            without = self._apply(messages, prompt=False)
         except RowError:  # some templates take no conversation that ends with a user's turn
-            return None
+            without = ""
+        if without and text.startswith(without):
+            return text.removeprefix(without)
+        return text.rpartition(messages[-1]["content"].strip())[2]
 
     def _encode(self, rendered: Sequence[tuple[int, _Rendered]]) -> Iterator[Encoded | RowError]:
         """Of (number, row) pairs, in their order."""

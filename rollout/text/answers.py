@@ -21,10 +21,9 @@ class Opening:
     tags: Pair | None
 
     @classmethod
-    def of(cls, text: str, without: str | None) -> Opening:
-        """`without` is the same conversation without generation prompt, None where the template refuses that."""
-        ours = text.removeprefix(without) if without is not None and text.startswith(without) else text[-64:]
-        state, tags = state_of(ours)
+    def of(cls, text: str, generation: str) -> Opening:
+        """`generation` is the text's end, which the template wrote behind the last message."""
+        state, tags = state_of(generation)
         return cls(text=text, state=state, tags=tags)
 
 

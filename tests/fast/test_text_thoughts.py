@@ -122,6 +122,12 @@ def test_a_question_about_the_tags_opens_no_thought() -> None:
     assert reference == "5<|im_end|>"
 
 
+def test_a_question_that_ends_in_a_tag_opens_no_thought_where_the_template_takes_no_bare_question() -> None:
+    strict = "{% if not add_generation_prompt and messages[-1].role == 'user' %}{{ raise_exception('no') }}{% endif %}"
+    made = byte_tokenizer(strict + PLAIN, SPECIAL, eos="<|end|>")
+    assert texts(made, encoded(encoder(made), "5", "So: <think>"))[1] == "5<|im_end|>"
+
+
 def test_what_was_done_to_thoughts_is_said() -> None:
     made = byte_tokenizer(QWEN3, SPECIAL, THINK, eos="<|end|>")
     thinks, not_thinks = encoder(made), encoder(made, template_kwargs={"enable_thinking": False})

@@ -133,6 +133,7 @@ def test_a_reference_ends_as_the_templates_turns_end_and_engines_stop_there(fami
         ),
         (TEXT, (), "ends an answer with no token of its own, so references end with EOS '</s>'"),
         (MISTRAL, ("[INST]", "[/INST]"), None),
+        ("{{ strftime_now('%Y') }}" + MISTRAL, ("[INST]", "[/INST]"), "the chat template may write today's date"),
     ],
 )
 def test_what_the_files_do_not_say_is_said(template: str, special: tuple[str, ...], note: str | None) -> None:
