@@ -21,6 +21,18 @@ from typing import Any, Literal
 
 Finish = Literal["stop", "length"]
 
+THOUGHT_TAGS: tuple[tuple[str, str], ...] = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<thinking>", "</thinking>"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel>thought", "<channel|>"),
+    ("◁think▷", "◁/think▷"),
+)
+"""What opens and closes the part of an answer that is thought, not said: DeepSeek-R1, QwQ and Qwen3; Mistral; plain
+instructions; Seed-OSS; Cohere; Gemma 4; Kimi."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
