@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from reward.cache import SharedResults
-from reward.interface import Answer, reference_answer
+from reward.interface import Answer, RewardPrompt, reference_answer
 from reward.types import ScoreRequest
-from rollout.types import Finish, Prompt
+from rollout.types import Finish
 
 REFERENCES_KEPT = 100_000
 
@@ -42,7 +42,7 @@ class LearnedReward:
     async def start(self) -> None:
         await self._scoring.start()
 
-    async def score(self, prompt: Prompt, answers: Sequence[Answer]) -> list[float]:
+    async def score(self, prompt: RewardPrompt, answers: Sequence[Answer]) -> list[float]:
         keys = [(answer.token_ids, answer.finish) for answer in answers]
         others = dict(zip(keys, answers, strict=True))
         scores: dict[tuple[tuple[int, ...], Finish], float] = {}
@@ -59,12 +59,12 @@ class LearnedReward:
         """The model is not ours to end."""
         self._references.close()
 
-    async def _reference(self, prompt: Prompt) -> float:
+    async def _reference(self, prompt: RewardPrompt) -> float:
         (score,) = await self._scoring.score([_request(prompt, reference_answer(prompt))])
         return score
 
 
-def _request(prompt: Prompt, answer: Answer) -> ScoreRequest:
+def _request(prompt: RewardPrompt, answer: Answer) -> ScoreRequest:
     return ScoreRequest(
         prompt_ids=prompt.token_ids,
         messages=prompt.messages,

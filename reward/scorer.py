@@ -14,9 +14,8 @@ import numpy as np
 from configs.rewards import RewardConfig
 from reward.calls import within
 from reward.errors import GaveUp, NotRetryable, RewardError, one_line
-from reward.interface import Answer, Reward
+from reward.interface import Answer, Reward, RewardPrompt
 from reward.tries import tries
-from rollout.types import Prompt
 
 BACKOFF_S = 0.2
 """Before further try n wait a random time of up to this times 2**(n - 1)..."""
@@ -59,7 +58,7 @@ class Scorer:
         self._slots = slots
         self._counts = counts
 
-    async def values(self, prompt: Prompt, answers: Sequence[Answer]) -> tuple[float, ...]:
+    async def values(self, prompt: RewardPrompt, answers: Sequence[Answer]) -> tuple[float, ...]:
         """One finite number per answer, before the reward's weight.
 
         Raises RewardError when the last try has failed, or at once where another try cannot help.
@@ -86,14 +85,14 @@ class Scorer:
             ) from error
         raise AssertionError("tenacity ends by a return or an error")
 
-    async def _try(self, prompt: Prompt, answers: Sequence[Answer]) -> tuple[float, ...]:
+    async def _try(self, prompt: RewardPrompt, answers: Sequence[Answer]) -> tuple[float, ...]:
         async with self._places, self._slots:
             self._counts.calls += 1
             await self.reward.start()
             returned = await self._call(prompt, answers)
         return validated(returned, len(answers))
 
-    async def _call(self, prompt: Prompt, answers: Sequence[Answer]) -> Sequence[float]:
+    async def _call(self, prompt: RewardPrompt, answers: Sequence[Answer]) -> Sequence[float]:
         if not self.reward.timed:
             return await self.reward.score(prompt, answers)
         try:
@@ -101,7 +100,7 @@ class Scorer:
         except TimeoutError as error:
             raise TimeoutError(f"{error} (reward.timeout_s)") from error
 
-    def _note_retry(self, prompt: Prompt, cause: str) -> None:
+    def _note_retry(self, prompt: RewardPrompt, cause: str) -> None:
         self._counts.retries += 1
         _log.warning("reward '%s' is tried again on prompt '%s': %s", self.reward.label, prompt.id, cause)
 
