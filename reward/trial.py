@@ -74,7 +74,7 @@ def _answers(prompt: RewardPrompt, others: Iterable[RewardPrompt]) -> dict[Tried
         if other is not None
         else None
     )
-    return {"reference": reference, "empty": empty, "wrong": wrong}
+    return {"reference": reference if prompt.reference_ids else None, "empty": empty, "wrong": wrong}
 
 
 async def _try_reward(config: RewardConfig, index: int, prompts: Sequence[Prompt]) -> list[Trial]:
@@ -100,9 +100,8 @@ async def _try(
     config: RewardConfig, reward: Reward, prompt: RewardPrompt, which: Tried, answer: Answer | None
 ) -> Trial:
     if answer is None:
-        return Trial(
-            reward=reward.label, answer=which, value=None, error="not tried: all prompts have the same reference answer"
-        )
+        why = "it has none" if which == "reference" else "all prompts have the same reference answer"
+        return Trial(reward=reward.label, answer=which, value=None, error=f"not tried: {why}")
     scorer = Scorer(reward, config, asyncio.Semaphore(1), Counts())
     try:
         (value,) = await within(3 * LIMIT_S, scorer.values(prompt, (answer,)))

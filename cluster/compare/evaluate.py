@@ -11,6 +11,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +21,7 @@ from cluster.record.estimates import Estimate
 from cluster.record.files import write_whole
 from cluster.record.heldout import by_prompt, estimates, heldout_sampling
 from cluster.run.parts import Rewards, Rollouts, answer
-from cluster.run.preflight import check_all_rewards, check_folder, check_model
+from cluster.run.preflight import check_all_rewards, check_folder, check_model, unusable_rows
 from cluster.run.signals import cancel_on_signals
 from cluster.workers.placement import Cluster
 from configs.load import ConfigError
@@ -103,11 +104,12 @@ def _check(config: Config, models: Sequence[str]) -> list[Prompt]:
     found: PromptSet | None = None
     for path in (*models, config.model.path):
         tokenizer = check_model(config.with_model(path), room=1)
-        prompts = load_prompts(config.data, tokenizer, config.run.seed)
+        if found is None:
+            check_all_rewards(config)
+        prompts = load_prompts(config.data, tokenizer, config.run.seed, partial(unusable_rows, config))
         if found is not None and prompts.heldout != found.heldout:
             raise ConfigError(f"model '{path}' turns the prompts into other tokens than '{models[0]}'; compare apart")
         found = prompts
-    check_all_rewards(config)
     if found is None or not found.heldout:
         raise ConfigError("data.heldout_rows is 0, so there is nothing to evaluate; raise it")
     return list(found.heldout)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.load import ConfigError
 from configs.schema import Config
 from reward.model import check_reward_models
+from reward.references import unusable_references
 from reward.worker import check_rewards
 from rollout.data.prompts import PromptSet
+from rollout.types import Prompt
 
 RAY_JOB_FOLDER = "runtime_resources"
 
@@ -65,6 +68,11 @@ def check_all_rewards(config: Config) -> None:
     if config.reward is not None:
         check_rewards(config.reward)
         check_reward_models(config.reward, config.model, config.longest_sequence)
+
+
+def unusable_rows(config: Config, prompts: Sequence[Prompt]) -> Mapping[str, str]:
+    """Prompts whose reference answer a reward of this run cannot use, by id, and why; after check_all_rewards."""
+    return {} if config.reward is None else unusable_references(config.reward, config.model, prompts)
 
 
 def check_pairs(config: Config, prompts: PromptSet) -> None:

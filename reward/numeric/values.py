@@ -72,6 +72,13 @@ def close(one: Fraction, other: Fraction, rounded: bool) -> bool:
     return abs(one - other) <= min(ABSOLUTE, RELATIVE * max(abs(one), abs(other)))
 
 
+def is_plain(value: Value | None) -> bool:
+    """Whether a value is one without any formula, so that nothing has to be computed to compare it."""
+    if isinstance(value, Several):
+        return all(is_plain(item) for item in value.items)
+    return is_plain(value.value) if isinstance(value, Named) else isinstance(value, Number)
+
+
 def value_of(result: Result, listed: bool = False) -> Value | None:
     """The value of a result; of the list that it ends where `listed`. None where there is none or a part has none."""
     parts = [value(part) for part in (result.listed if listed else result.parts)]

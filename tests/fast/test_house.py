@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "rollout.worker",
         "reward.types",
         "reward.model",
+        "reward.references",
         "reward.trial",
         "reward.worker",
         "reward.metrics",
