@@ -22,11 +22,16 @@ LONGEST_GROUP_S = 3600.0
 VariableName = Annotated[str, AfterValidator(_variable_name)]
 
 
+Reads = Literal["answer", "whole"]
+
+
 class RewardBase(Section):
     name: str = Field(default="", max_length=40)
     """Name in logs; the kind where empty."""
     weight: float = 1.0
     """Factor in the total."""
+    reads: Reads | None = None
+    """As reward.reads, for this reward alone; null: as that says."""
 
     @property
     def label(self) -> str:
@@ -47,7 +52,10 @@ class NumericReward(RewardBase):
 
 
 class RegexReward(RewardBase):
-    """1 if the pattern is found in the answer (re.search, DOTALL), else 0."""
+    """1 if the pattern is found in the answer (re.search, DOTALL), else 0.
+
+    A pattern that names a tag of thoughts, such as <think>, is about the whole and reads it where `reads` is null.
+    """
 
     kind: Literal["regex"]
     pattern: str
@@ -186,6 +194,9 @@ AnyReward = Annotated[
 class RewardConfig(Section):
     rewards: tuple[AnyReward, ...] = Field(min_length=1)
     """Summed with their weights."""
+    reads: Reads = "answer"
+    """What rewards see of a model's text: the answer alone, without what stands between <think> and </think> (or other
+    tags for a thought; an unfinished thought is an empty answer), or the whole."""
     workers: int = Field(default=1, ge=1)
     """Number of reward workers."""
     timeout_s: float = Field(default=60, gt=0)

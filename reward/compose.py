@@ -8,13 +8,13 @@ import re
 from collections.abc import Mapping
 
 from configs.rewards import (
-    AnyReward,
     ExactReward,
     FunctionReward,
     JudgeReward,
     LengthReward,
     ModelReward,
     NumericReward,
+    Reads,
     ReasoningGymReward,
     RegexReward,
     RemoteReward,
@@ -30,6 +30,7 @@ from reward.remote import RemoteScores
 from reward.scorer import Counts
 from reward.service import check_url, read_key
 from reward.verified import VerifiedReward
+from rollout.types import THOUGHT_TAGS
 
 
 def check_rewards(config: RewardConfig) -> None:
@@ -63,12 +64,12 @@ def build_rewards(config: RewardConfig, counts: Counts, scoring: Mapping[str, Sc
 
     Raises RewardError as check_rewards does for a user's function.
     """
-    return tuple(_build(reward, index, config, counts, scoring) for index, reward in enumerate(config.rewards))
+    return tuple(build_reward(config, index, counts, scoring) for index in range(len(config.rewards)))
 
 
-def _build(
-    reward: AnyReward, index: int, config: RewardConfig, counts: Counts, scoring: Mapping[str, Scoring]
-) -> Reward:
+def build_reward(config: RewardConfig, index: int, counts: Counts, scoring: Mapping[str, Scoring]) -> Reward:
+    """One reward of the config, by its place there."""
+    reward = config.rewards[index]
     label, places, limit = reward.label, config.max_concurrent, config.timeout_s
     field = f"reward.rewards[{index}]"
     match reward:
@@ -79,7 +80,7 @@ def _build(
         case RegexReward():
             return VerifiedReward(label, reward.kind, verified.regex(reward), limit, counts)
         case NumericReward():
-            return VerifiedReward(label, reward.kind, verified.numeric, limit, counts)
+            return VerifiedReward(label, reward.kind, verified.numeric(reads_of(config, index)), limit, counts)
         case ReasoningGymReward():
             return VerifiedReward(label, reward.kind, verified.reasoning_gym, limit, counts)
         case FunctionReward():
@@ -90,6 +91,15 @@ def _build(
             return Judge(label, reward, field, config, counts)
         case RemoteReward():
             return RemoteScores(label, reward, field, places)
+
+
+def reads_of(config: RewardConfig, index: int) -> Reads:
+    """What one reward of the config, by its place there, sees of a text with a thought."""
+    reward = config.rewards[index]
+    if reward.reads is not None:
+        return reward.reads
+    names_tag = isinstance(reward, RegexReward) and any(tag in reward.pattern for pair in THOUGHT_TAGS for tag in pair)
+    return "whole" if names_tag else config.reads
 
 
 def _check_pattern(pattern: str, field: str) -> None:

@@ -15,8 +15,7 @@ from typing import Any
 
 from reward.calls import in_thread
 from reward.errors import NotRetryable, RewardError, one_line
-from reward.interface import Answer, RewardCall, RewardFunction
-from rollout.types import Prompt
+from reward.interface import Answer, RewardCall, RewardFunction, RewardPrompt
 
 
 class FailedFunction(Exception):
@@ -37,8 +36,13 @@ class UserReward:
     async def start(self) -> None:
         """Nothing to bring up: the module was imported when the reward was built."""
 
-    async def score(self, prompt: Prompt, answers: Sequence[Answer]) -> Sequence[float]:
-        call = RewardCall(prompt=prompt, answers=tuple(answers), options=self._options)
+    async def score(self, prompt: RewardPrompt, answers: Sequence[Answer]) -> Sequence[float]:
+        call = RewardCall(
+            prompt=prompt.plain(),
+            whole_reference_text=prompt.whole_reference_text,
+            answers=tuple(answers),
+            options=self._options,
+        )
         try:
             if _is_async(self._function):
                 returned = self._function(call)

@@ -23,9 +23,11 @@ r(q, y). A plain `def` runs in a thread of its own, an `async def` on the worker
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
+from configs.rewards import Reads
+from reward.answer import answer_of, opened_thought
 from rollout.types import Finish, Prompt, Sample
 
 
@@ -34,9 +36,12 @@ class Answer:
     """One answer to be scored: a sample of the policy, or the reference answer of the data."""
 
     text: str
-    """Without special tokens, and without white space at both ends."""
+    """Without special tokens and white space at both ends, and without the model's thought ('' where that has no end)
+    unless reward.reads is 'whole'."""
+    whole: str
+    """The same with the thought."""
     token_ids: tuple[int, ...]
-    """[T] the policy's tokens, the EOS or stop token included."""
+    """[T] the policy's tokens, those of the thought and the EOS or stop token included."""
     finish: Finish
     """'length' where the token limit cut the answer off; the reference always has 'stop'."""
     is_reference: bool
@@ -48,11 +53,29 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RewardPrompt(Prompt):
+    """A prompt as rewards see it: its `reference_text` and `rejected_text` without thoughts unless reward.reads is
+    'whole'."""
+
+    whole_reference_text: str
+    """The reference answer as the data has it."""
+    opened_thought: str | None
+    """The tag that ends the prompt where every sample begins inside a thought that rewards do not see, else None."""
+
+    def plain(self) -> Prompt:
+        """The same as users' functions get it."""
+        return Prompt(**_fields(self))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RewardCall:
     """One call of a user's reward function."""
 
     prompt: Prompt
-    """The question: `text`, `reference_text`, `rejected_text`, `extra` (further columns of the row), `id`."""
+    """The question: `text`, `reference_text`, `rejected_text`, `extra` (further columns of the row), `id`; without the
+    thoughts of reference and rejected answer, as answers are."""
+    whole_reference_text: str
+    """The reference answer as the data has it."""
     answers: tuple[Answer, ...]
     """The samples of a group, or the reference answer alone."""
     options: Mapping[str, Any]
@@ -81,18 +104,46 @@ class Reward(Protocol):
     async def start(self) -> None:
         """Bring up what a call needs. Called before every call; returns at once where it is up. Not timed."""
 
-    async def score(self, prompt: Prompt, answers: Sequence[Answer]) -> Sequence[float]:
+    async def score(self, prompt: RewardPrompt, answers: Sequence[Answer]) -> Sequence[float]:
         """One number per answer. Cancelled at the time limit. Raises NotRetryable where another try cannot help."""
 
     async def close(self) -> None:
         """Give back what `start` took."""
 
 
-def sample_answer(sample: Sample) -> Answer:
+def seen(prompt: Prompt, reads: Reads) -> RewardPrompt:
+    """A prompt as rewards see it."""
+    kept = _fields(prompt)
+    if reads == "answer":
+        kept["reference_text"] = _without_thought(prompt.reference_text)
+        kept["rejected_text"] = None if prompt.rejected_text is None else _without_thought(prompt.rejected_text)
+    opened = opened_thought(prompt.text) if reads == "answer" else None
+    return RewardPrompt(**kept, whole_reference_text=prompt.reference_text, opened_thought=opened)
+
+
+def _fields(prompt: Prompt) -> dict[str, Any]:
+    return {field.name: getattr(prompt, field.name) for field in fields(Prompt)}
+
+
+def _without_thought(text: str) -> str:
+    """The text itself where it has no thought, white space included."""
+    answer = answer_of(text)
+    return text if answer == text.strip() else answer
+
+
+def sample_answer(prompt: RewardPrompt, sample: Sample, reads: Reads) -> Answer:
     """A sample as rewards see it."""
-    return Answer(text=sample.text.strip(), token_ids=sample.token_ids, finish=sample.finish, is_reference=False)
+    whole = sample.text.strip()
+    text = answer_of(whole, prompt.opened_thought) if reads == "answer" else whole
+    return Answer(text=text, whole=whole, token_ids=sample.token_ids, finish=sample.finish, is_reference=False)
 
 
-def reference_answer(prompt: Prompt) -> Answer:
+def reference_answer(prompt: RewardPrompt) -> Answer:
     """The reference answer as rewards see it."""
-    return Answer(text=prompt.reference_text.strip(), token_ids=prompt.reference_ids, finish="stop", is_reference=True)
+    return Answer(
+        text=prompt.reference_text.strip(),
+        whole=prompt.whole_reference_text.strip(),
+        token_ids=prompt.reference_ids,
+        finish="stop",
+        is_reference=True,
+    )

@@ -13,12 +13,11 @@ from configs.rewards import JudgeReward, RewardConfig
 from reward.cache import SharedResults
 from reward.calls import together, within
 from reward.errors import GaveUp, TryAgain, one_line
-from reward.interface import Answer
+from reward.interface import Answer, RewardPrompt
 from reward.scorer import Counts
 from reward.service import Pace, Service, read_key
 from reward.tries import tries
 from reward.verdict import CRITERIA, VERDICTS, messages, read
-from rollout.types import Prompt
 
 LONGEST_BACKOFF_S = 60.0
 VALUES_KEPT = 100_000
@@ -66,14 +65,14 @@ class Judge:
     async def start(self) -> None:
         self._service.open()
 
-    async def score(self, prompt: Prompt, answers: Sequence[Answer]) -> list[float]:
+    async def score(self, prompt: RewardPrompt, answers: Sequence[Answer]) -> list[float]:
         return await together([self._value(prompt, answer) for answer in answers])
 
     async def close(self) -> None:
         self._values.close()
         await self._service.close()
 
-    async def _value(self, prompt: Prompt, answer: Answer) -> float:
+    async def _value(self, prompt: RewardPrompt, answer: Answer) -> float:
         reference = prompt.reference_text.strip()
         if answer.is_reference or answer.text == reference:
             return 0.0
@@ -81,7 +80,7 @@ class Judge:
         key = hashlib.sha256(json.dumps([turns, answer.text, reference]).encode()).digest()
         return await self._values.get(key, lambda: self._compare(prompt, answer.text, reference, key[0] % 2 == 0))
 
-    async def _compare(self, prompt: Prompt, sample: str, reference: str, sample_first: bool) -> float:
+    async def _compare(self, prompt: RewardPrompt, sample: str, reference: str, sample_first: bool) -> float:
         """R(sample, reference), both orders asked at the same time; `sample_first` is the order where only one is."""
         orders = [True, False] if self._settings.both_orders else [sample_first]
         works = [self._ask(prompt, *((sample, reference) if first else (reference, sample))) for first in orders]
@@ -95,7 +94,7 @@ class Judge:
             return 0.0
         return float(found.pop())
 
-    def _settled(self, prompt: Prompt, error: Undecided) -> float:
+    def _settled(self, prompt: RewardPrompt, error: Undecided) -> float:
         """What the settings say that a pair without a verdict counts. Raises the error where they say 'error'."""
         said = self._settings.unreadable
         if said == "error":
@@ -107,7 +106,7 @@ class Judge:
         )  # fmt: skip
         return SCORE_OF_UNREADABLE[said]
 
-    async def _ask(self, prompt: Prompt, first: str, second: str) -> int:
+    async def _ask(self, prompt: RewardPrompt, first: str, second: str) -> int:
         """The verdict on two texts. After the last try raises Undecided where it was unreadable, else GaveUp."""
         settings, done = self._settings, 0
         attempts = tries(
@@ -154,7 +153,7 @@ class Judge:
             body["structured_outputs"] = {"choice": list(VERDICTS)}
         return {name: value for name, value in {**body, **settings.extra_body}.items() if value is not None}
 
-    def _note_retry(self, prompt: Prompt, cause: str) -> None:
+    def _note_retry(self, prompt: RewardPrompt, cause: str) -> None:
         self._counts.judge_retries += 1
         _log.warning("reward '%s' asks its judge again about prompt '%s': %s", self.label, prompt.id, cause)
 

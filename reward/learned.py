@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from reward.answer import CLOSES
 from reward.cache import SharedResults
-from reward.interface import Answer, reference_answer
+from reward.interface import Answer, RewardPrompt, reference_answer
 from reward.types import ScoreRequest
-from rollout.types import Finish, Prompt
 
 REFERENCES_KEPT = 100_000
 
@@ -42,33 +42,42 @@ class LearnedReward:
     async def start(self) -> None:
         await self._scoring.start()
 
-    async def score(self, prompt: Prompt, answers: Sequence[Answer]) -> list[float]:
-        keys = [(answer.token_ids, answer.finish) for answer in answers]
-        others = dict(zip(keys, answers, strict=True))
-        scores: dict[tuple[tuple[int, ...], Finish], float] = {}
-        reference = (prompt.reference_ids, reference_answer(prompt).finish)
-        if others.pop(reference, None) is not None:
-            key = (prompt.id, hash((prompt.token_ids, prompt.reference_ids)))
-            scores[reference] = await self._references.get(key, lambda: self._reference(prompt))
+    async def score(self, prompt: RewardPrompt, answers: Sequence[Answer]) -> list[float]:
+        requests = [request_of(prompt, answer) for answer in answers]
+        reference = request_of(prompt, reference_answer(prompt))
+        # A sample without its thought and a reference that never had one are the same answer in other tokens.
+        requests = [reference if one.answer_text == reference.answer_text and _cut(one) else one for one in requests]
+        others = list(dict.fromkeys(one for one in requests if one != reference))
+        scores: dict[ScoreRequest, float] = {}
+        if reference in requests:
+            key = (prompt.id, hash(reference))
+            scores[reference] = await self._references.get(key, lambda: self._reference(reference))
         if others:
-            found = await self._scoring.score([_request(prompt, answer) for answer in others.values()])
-            scores.update(zip(others, found, strict=True))
-        return [scores[key] for key in keys]
+            scores.update(zip(others, await self._scoring.score(others), strict=True))
+        return [scores[one] for one in requests]
 
     async def close(self) -> None:
         """The model is not ours to end."""
         self._references.close()
 
-    async def _reference(self, prompt: Prompt) -> float:
-        (score,) = await self._scoring.score([_request(prompt, reference_answer(prompt))])
+    async def _reference(self, reference: ScoreRequest) -> float:
+        (score,) = await self._scoring.score([reference])
         return score
 
 
-def _request(prompt: Prompt, answer: Answer) -> ScoreRequest:
+def _cut(request: ScoreRequest) -> bool:
+    return request.answer_ids is None
+
+
+def request_of(prompt: RewardPrompt, answer: Answer) -> ScoreRequest:
+    """What a reward model is asked about an answer: its tokens, or its text where a thought was taken out."""
+    opened = prompt.opened_thought
+    cut = opened is not None or answer.text != answer.whole
     return ScoreRequest(
         prompt_ids=prompt.token_ids,
         messages=prompt.messages,
-        answer_ids=answer.token_ids,
+        answer_ids=None if cut else answer.token_ids,
         answer_text=answer.text,
-        finish=answer.finish,
+        finish="stop" if cut else answer.finish,
+        closing="" if opened is None else f"\n{CLOSES[opened]}\n\n",
     )

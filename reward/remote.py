@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 from configs.rewards import RemoteReward
 from reward.errors import TryAgain
-from reward.interface import Answer
+from reward.interface import Answer, RewardPrompt
 from reward.service import Service, read_key
-from rollout.types import Prompt
 
 
 class RemoteScores:
@@ -26,7 +25,7 @@ class RemoteScores:
     async def start(self) -> None:
         self._service.open()
 
-    async def score(self, prompt: Prompt, answers: Sequence[Answer]) -> Sequence[float]:
+    async def score(self, prompt: RewardPrompt, answers: Sequence[Answer]) -> Sequence[float]:
         reply = await self._service.post(
             {
                 "id": prompt.id,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from configs.rewards import ExactReward, LengthReward
-from reward.interface import Answer
-from rollout.types import Prompt
+from reward.interface import Answer, RewardPrompt
 
-Rule = Callable[[Prompt, Answer], float]
+Rule = Callable[[RewardPrompt, Answer], float]
 
 
 class RuleReward:
@@ -24,7 +23,7 @@ class RuleReward:
     async def start(self) -> None:
         """Nothing to bring up."""
 
-    async def score(self, prompt: Prompt, answers: Sequence[Answer]) -> list[float]:
+    async def score(self, prompt: RewardPrompt, answers: Sequence[Answer]) -> list[float]:
         return [self._rule(prompt, answer) for answer in answers]
 
     async def close(self) -> None:
@@ -34,7 +33,7 @@ class RuleReward:
 def exact(config: ExactReward) -> Rule:
     """1.0 where the answer is the reference, white space at both ends aside, else 0.0."""
 
-    def rule(prompt: Prompt, answer: Answer) -> float:
+    def rule(prompt: RewardPrompt, answer: Answer) -> float:
         found, wanted = answer.text, prompt.reference_text.strip()
         if config.ignore_case:
             found, wanted = found.casefold(), wanted.casefold()
@@ -46,7 +45,7 @@ def exact(config: ExactReward) -> Rule:
 def length(config: LengthReward) -> Rule:
     """1.0 for a text of min_chars to max_chars characters, falling to 0.0 over `slope` characters outside."""
 
-    def rule(prompt: Prompt, answer: Answer) -> float:
+    def rule(prompt: RewardPrompt, answer: Answer) -> float:
         chars = len(answer.text)
         outside = max(config.min_chars - chars, chars - config.max_chars, 0)
         return max(0.0, 1.0 - outside / config.slope)

@@ -8,15 +8,13 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Any, Protocol, runtime_checkable
 
 from configs.rewards import RewardConfig
 from reward.calls import within
 from reward.errors import GaveUp, NotRetryable, RewardError, one_line
-from reward.interface import Answer, Reward
+from reward.interface import Answer, Reward, RewardPrompt
 from reward.tries import tries
-from rollout.types import Prompt
 
 BACKOFF_S = 0.2
 """Before further try n wait a random time of up to this times 2**(n - 1)..."""
@@ -59,7 +57,7 @@ class Scorer:
         self._slots = slots
         self._counts = counts
 
-    async def values(self, prompt: Prompt, answers: Sequence[Answer]) -> tuple[float, ...]:
+    async def values(self, prompt: RewardPrompt, answers: Sequence[Answer]) -> tuple[float, ...]:
         """One finite number per answer, before the reward's weight.
 
         Raises RewardError when the last try has failed, or at once where another try cannot help.
@@ -86,14 +84,14 @@ class Scorer:
             ) from error
         raise AssertionError("tenacity ends by a return or an error")
 
-    async def _try(self, prompt: Prompt, answers: Sequence[Answer]) -> tuple[float, ...]:
+    async def _try(self, prompt: RewardPrompt, answers: Sequence[Answer]) -> tuple[float, ...]:
         async with self._places, self._slots:
             self._counts.calls += 1
             await self.reward.start()
             returned = await self._call(prompt, answers)
         return validated(returned, len(answers))
 
-    async def _call(self, prompt: Prompt, answers: Sequence[Answer]) -> Sequence[float]:
+    async def _call(self, prompt: RewardPrompt, answers: Sequence[Answer]) -> Sequence[float]:
         if not self.reward.timed:
             return await self.reward.score(prompt, answers)
         try:
@@ -101,7 +99,7 @@ class Scorer:
         except TimeoutError as error:
             raise TimeoutError(f"{error} (reward.timeout_s)") from error
 
-    def _note_retry(self, prompt: Prompt, cause: str) -> None:
+    def _note_retry(self, prompt: RewardPrompt, cause: str) -> None:
         self._counts.retries += 1
         _log.warning("reward '%s' is tried again on prompt '%s': %s", self.reward.label, prompt.id, cause)
 
@@ -110,22 +108,44 @@ def _is_final(error: BaseException) -> bool:
     return isinstance(error, NotRetryable | RewardError)
 
 
+@runtime_checkable
+class _Array(Protocol):
+    """An array or a scalar of numpy, torch, jax or pandas, which need not be imported to be recognised."""
+
+    @property
+    def ndim(self) -> int: ...
+
+    @property
+    def shape(self) -> Any: ...
+
+    def tolist(self) -> Any: ...
+
+
 def validated(returned: object, count: int) -> tuple[float, ...]:
     """What a reward returned, as `count` finite floats (a bool is 0 or 1).
 
-    Raises NotRetryable for a wrong type or length, ValueError for NaN and infinity.
+    Raises NotRetryable for a wrong type, shape or length, ValueError for NaN and infinity.
     """
-    if isinstance(returned, np.ndarray) and returned.ndim == 1:
-        returned = list(returned)
+    if isinstance(returned, _Array):
+        returned = _as_python(returned, 1, f"a list of {count} numbers, one per answer")
     if not isinstance(returned, list | tuple):
         raise NotRetryable(f"it returned {type(returned).__name__}, not a list of {count} numbers, one per answer")
     if len(returned) != count:
         raise NotRetryable(f"it returned {len(returned)} numbers for {count} answers")
     values: list[float] = []
     for index, value in enumerate(returned):
-        if not isinstance(value, numbers.Real | np.bool_):
+        number = _as_python(value, 0, f"a number, for answer {index}") if isinstance(value, _Array) else value
+        if not isinstance(number, numbers.Real):
             raise NotRetryable(f"it returned {type(value).__name__}, not a number, for answer {index}")
-        if not math.isfinite(value):
-            raise ValueError(f"it returned {float(value)} for answer {index}")
-        values.append(float(value))
+        if not math.isfinite(number):
+            raise ValueError(f"it returned {float(number)} for answer {index}")
+        values.append(float(number))
     return tuple(values)
+
+
+def _as_python(array: _Array, dimensions: int, wanted: str) -> object:
+    """The array as a list, the scalar as a number; from whatever device, of whatever type."""
+    if array.ndim != dimensions:
+        shape = "x".join(map(str, array.shape)) or "()"
+        raise NotRetryable(f"it returned {type(array).__name__} of shape {shape}, not {wanted}")
+    return array.tolist()

@@ -22,7 +22,8 @@ class Sequences:
 
     Where its tokenizer has the policy's vocabulary and chat template, it reads exactly the policy's tokens, followed by
     the token that ends a turn where the answer was cut off or ended at a stop string: training showed it ended answers
-    only. Else it reads prompt and answer as its own chat template writes them.
+    only. Where a thought was taken out of an answer, it reads the tokens of the text that is left. Else it reads prompt
+    and answer as its own chat template writes them.
     """
 
     def __init__(self, reward: ModelReward, field: str, policy: ModelConfig) -> None:
@@ -47,23 +48,24 @@ class Sequences:
         self._ends = {number for number, token in policies.added_tokens_decoder.items() if token.special} | {*stops}
         self._control = ControlText(self._tokenizer)
         limits = (reward.max_tokens, reward.tokens_per_batch, getattr(text, "max_position_embeddings", None))
-        self._limit: int = min(limit for limit in limits if limit is not None and limit > 0)
+        self.limit: int = min(limit for limit in limits if limit is not None and limit > 0)
+        """Tokens of the longest sequence."""
 
     def check_length(self, longest: int) -> None:
         """Refuse a run whose prompt and answer can have `longest` tokens of the policy where that is too long."""
         need = longest + 1  # an answer that is cut off gets its end
-        if self.reads_policy_tokens and need > self._limit:
+        if self.reads_policy_tokens and need > self.limit:
             raise RewardError(
-                f"{self._field} takes {self._limit} tokens ({_LEAST}), a prompt with its answer can have {need}; raise"
+                f"{self._field} takes {self.limit} tokens ({_LEAST}), a prompt with its answer can have {need}; raise"
                 f" them, or lower data.max_prompt_tokens, rollout.max_new_tokens or data.max_reference_tokens"
             )
 
     def encode(self, request: ScoreRequest) -> tuple[int, ...]:
         """The tokens to score. Raises NotRetryable for a sequence that the model cannot read as a whole."""
         ids = self._joined(request) if self.reads_policy_tokens else self._rendered(request)
-        if len(ids) > self._limit:
+        if len(ids) > self.limit:
             raise NotRetryable(
-                f"prompt and answer have {len(ids)} tokens, {self._field} takes {self._limit} ({_LEAST}); raise them,"
+                f"prompt and answer have {len(ids)} tokens, {self._field} takes {self.limit} ({_LEAST}); raise them,"
                 " or lower data.max_prompt_tokens or rollout.max_new_tokens"
             )
         if max(ids, default=0) >= self._vocabulary:
@@ -71,8 +73,20 @@ class Sequences:
         return ids
 
     def _joined(self, request: ScoreRequest) -> tuple[int, ...]:
+        ids = request.answer_ids
+        if ids is None:
+            closing, text = (
+                self._encoded(part, split) for part, split in ((request.closing, False), (request.answer_text, True))
+            )
+            ids = (*closing, *text)
         ended = request.finish == "stop" and request.answer_ids and request.answer_ids[-1] in self._ends
-        return (*request.prompt_ids, *request.answer_ids, *(() if ended else (self._end,)))
+        return (*request.prompt_ids, *ids, *(() if ended else (self._end,)))
+
+    def _encoded(self, text: str, as_text: bool) -> tuple[int, ...]:
+        """The tokens of a text; `as_text`: what looks like a special token is none."""
+        return tuple(
+            self._tokenizer(text, add_special_tokens=False, split_special_tokens=as_text, verbose=False)["input_ids"]
+        )
 
     def _rendered(self, request: ScoreRequest) -> tuple[int, ...]:
         said = [(turn.role, turn.content) for turn in request.messages] + [("assistant", request.answer_text)]

@@ -42,8 +42,11 @@ class ScoreRequest:
     """[P]"""
     messages: tuple[Turn, ...]
     """The same prompt before any chat template."""
-    answer_ids: tuple[int, ...]
-    """[T] the EOS or stop token included."""
+    answer_ids: tuple[int, ...] | None
+    """[T] the EOS or stop token included. None where a thought was taken out: no tokens of the policy are those of
+    `answer_text` then."""
     answer_text: str
     """Without special tokens, and without white space at both ends."""
     finish: Finish
+    closing: str = ""
+    """What ends the thought that the prompt opened, before `answer_text`; '' where there is none."""

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 
+from reward.answer import answer_of
 from rollout.types import Turn
 
 VERDICTS = {"1 > 2": 1, "1 = 2": 0, "1 < 2": -1}
@@ -58,6 +59,11 @@ _QUESTION = "Which text is better by the criterion? Answer only 1 > 2, 1 = 2 or 
 
 _LINE = re.compile(r"[`*]*[ \t]*1[ \t]*([<=>])[ \t]*2[ \t]*[`*]*\.?[`*]*")
 _FENCE = re.compile(r"`{3,}\w*")
+_SECTION = re.compile(r"^>>> begin ([^\n]*)\n.*?^>>> end \1[ \t]*$", flags=re.DOTALL | re.MULTILINE)
+_QUOTES = re.compile(
+    r"\b(?:(?:for )?example|e\.g\.?|such as|says|said|reads|writes|wrote|claims|quot\w+|told|tells)\b[^.!?]{0,40}$",
+    flags=re.IGNORECASE,
+)
 _COMPARISON = re.compile(r"(?=([12])\s*([<=>!≤≥≠]+)\s*([12]))")
 
 
@@ -78,20 +84,33 @@ def messages(
 def read(answer: str) -> int | None:
     """The verdict, or None for anything that is not plainly one.
 
-    White space, code marks, stars and a final full stop around it do not matter, nor does a chain of thought closed by
-    </think>. After other words the verdict must be the last line by itself, and nothing before it may say otherwise.
+    White space, code marks, stars and a final full stop around it do not matter, nor do thoughts (see reward/answer.py)
+    and sections of the request that the judge repeats as a whole. After other words the verdict must be the last line
+    by itself, nothing before it may say otherwise, and the line before it must not introduce a quotation or an example.
+    An object in JSON has a verdict where exactly one of its values is one.
     """
-    spoken = answer.rpartition("</think>")[2]
-    if "<think>" in spoken:
-        return None
+    spoken = _SECTION.sub("", answer_of(answer))
     lines = [line.strip() for line in spoken.splitlines()]
     lines = [line for line in lines if line and not _FENCE.fullmatch(line)]
-    last = _LINE.fullmatch(lines[-1]) if lines else None
-    if last is None:
+    if not lines or any(line.startswith(">>>") for line in lines):
         return None
-    verdict = VERDICTS[f"1 {last[1]} 2"]
+    stated = _in_json("\n".join(lines)) if lines[0].startswith("{") else _LINE.fullmatch(lines[-1])
+    if stated is None or any(_QUOTES.search(line) for line in lines[-2:-1]):
+        return None
+    verdict = VERDICTS[f"1 {stated[1]} 2"]
     said = {_sign(one, relation, other) for one, relation, other in _COMPARISON.findall(spoken) if one != other}
     return verdict if said == {verdict} else None
+
+
+def _in_json(text: str) -> re.Match[str] | None:
+    """The one value of an object that is a verdict."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    matches = [_LINE.fullmatch(value.strip()) for value in found.values() if isinstance(value, str)]
+    verdicts = [match for match in matches if match is not None]
+    return verdicts[0] if len(verdicts) == 1 else None
 
 
 def _sign(one: str, relation: str, other: str) -> int | None:

@@ -10,15 +10,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from configs.rewards import RegexReward
+from configs.rewards import Reads, RegexReward
 from reward.calls import in_thread, within
 from reward.errors import NotRetryable
-from reward.interface import Answer
+from reward.interface import Answer, RewardPrompt
 from reward.scorer import Counts
-from rollout.types import Prompt
 
 Kind = Literal["regex", "numeric", "reasoning_gym"]
-Question = Callable[[Prompt], Mapping[str, Any]]
+Question = Callable[[RewardPrompt], Mapping[str, Any]]
 """What the verifier must know of a prompt. Raises NotRetryable where the prompt lacks it."""
 
 START_LIMIT_S = 120.0
@@ -108,7 +107,7 @@ class VerifiedReward:
                 self._process.kill()
                 raise
 
-    async def score(self, prompt: Prompt, answers: Sequence[Answer]) -> list[float]:
+    async def score(self, prompt: RewardPrompt, answers: Sequence[Answer]) -> list[float]:
         if not answers:
             return []
         request = {
@@ -134,7 +133,7 @@ class VerifiedReward:
     async def close(self) -> None:
         self._process.kill()
 
-    def _value(self, prompt: Prompt, answer: Answer, verdict: dict[str, Any]) -> float:
+    def _value(self, prompt: RewardPrompt, answer: Answer, verdict: dict[str, Any]) -> float:
         if "value" in verdict:
             value: float = verdict["value"]
             return value
@@ -153,12 +152,12 @@ def regex(config: RegexReward) -> Question:
     return lambda prompt: {"pattern": config.pattern}
 
 
-def numeric(prompt: Prompt) -> dict[str, Any]:
-    """What the numeric verifier must know: the reference answer's text."""
-    return {"reference": prompt.reference_text}
+def numeric(reads: Reads) -> Question:
+    """What the numeric verifier must know: the reference answer's text, and whether thoughts count."""
+    return lambda prompt: {"reference": prompt.reference_text, "reads": reads}
 
 
-def reasoning_gym(prompt: Prompt) -> dict[str, Any]:
+def reasoning_gym(prompt: RewardPrompt) -> dict[str, Any]:
     """What the reasoning-gym verifier must know: {generator, options, seed, entry} from prompt.extra.
 
     Raises NotRetryable naming what is missing.

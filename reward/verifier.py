@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from reward.answer import answer_of
 from reward.guard import (
     OutOfTime,
     end_after_computing,
@@ -29,9 +30,11 @@ from reward.guard import (
     stop_alarm,
     time_limit,
 )
+from reward.numeric.equality import equal, unnamed
+from reward.numeric.result import in_tags, result_of
+from reward.numeric.values import Several, value_of
 
 MEMORY_GIB = 4.0
-LONGEST_FORMULA = 200
 Verify = Callable[[str], float]
 Request = Mapping[str, Any]
 T = TypeVar("T")
@@ -95,28 +98,6 @@ def _limited(work: Callable[[], T], seconds: float) -> T:
         raise NoVerdict(" ".join(f"{type(error).__name__}: {error}".split())[:300]) from error
 
 
-def final_part(text: str) -> str:
-    """What an answer or a reference gives as its result: inside the last <answer></answer>, after the last ####."""
-    return in_tags(text).rpartition("####")[2].strip().replace("\N{MINUS SIGN}", "-")
-
-
-def in_tags(text: str) -> str:
-    """What stands in the last <answer></answer>, or all of a text without them."""
-    tagged: list[str] = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
-    return tagged[-1].strip() if tagged else text
-
-
-def is_bare_formula(text: str) -> bool:
-    """Whether all of the text is a formula with letters or commands and without dollar signs: `1+x^2`, `\\frac{1}{2}`.
-
-    Without this math-verify would find no more than the number 1 in `1+x^2`.
-    """
-    without_commands = re.sub(r"\\[A-Za-z]+", " ", text)
-    words = re.search(r"[^\W\d_]{2}|\$|\n", without_commands)
-    joined = re.search(r"[A-Za-z)]\s*[\^_+*/=-]|[\^_+*/=(-]\s*[A-Za-z]|\\[A-Za-z]", text)
-    return len(text) <= LONGEST_FORMULA and words is None and joined is not None
-
-
 def regex() -> Callable[[Request], Verify]:
     """1.0 where the pattern is found."""
 
@@ -128,31 +109,26 @@ def regex() -> Callable[[Request], Verify]:
 
 
 def numeric() -> Callable[[Request], Verify]:
-    """1.0 where math-verify finds the answer's last number or formula equal to the reference's."""
-    import math_verify
-
+    """1.0 where the result of the answer is equal to that of the reference; docs/rewards.md has the table."""
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limits are off
-
-    def number(text: str) -> list[Any]:
-        found = math_verify.parse(text, parsing_timeout=None)
-        # math-verify wants white space before a number and finds nothing in `(12)`.
-        return found or math_verify.parse(re.sub(r"[^\w\s.,+*/^%-]", " ", text), parsing_timeout=None)
-
-    def formula(text: str) -> list[Any]:
-        return math_verify.parse(f"${text}$", parsing_timeout=None) if is_bare_formula(text) else []
+    from reward.numeric import algebra
 
     # The first formula takes seconds (tables of the LaTeX parser), which must not be the first answer's.
-    math_verify.verify(formula("1+x^2"), formula("x^2+1"), timeout_seconds=None)
+    algebra.equal(algebra.parsed("1+x^2"), algebra.parsed("x^2+1"))
 
     def prepare(request: Request) -> Verify:
-        reference = final_part(request["reference"])
-        wanted = formula(reference) or number(reference)
-        if not wanted:
+        read: Callable[[str], str] = str if request.get("reads") == "whole" else answer_of
+        wanted = value_of(result_of(read(request["reference"])), listed=True)
+        if wanted is None:
             raise BadRequest("its reference answer has no number or formula")
+        listed = isinstance(unnamed(wanted), Several)
 
         def verify(answer: str) -> float:
-            found = final_part(answer)
-            return float(math_verify.verify(wanted, number(found) + formula(found), timeout_seconds=None))
+            found = value_of(result_of(read(answer)), listed)
+            try:
+                return float(found is not None and equal(wanted, found))
+            except algebra.Unreadable:
+                return 0.0
 
         return verify
 

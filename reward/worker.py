@@ -8,12 +8,12 @@ import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from configs.rewards import JudgeReward, RewardConfig
+from configs.rewards import JudgeReward, Reads, RewardConfig
 from reward.cache import SharedResults
 from reward.calls import together
-from reward.compose import build_rewards, check_rewards
+from reward.compose import build_rewards, check_rewards, reads_of
 from reward.errors import RewardError, one_line
-from reward.interface import Answer, reference_answer, sample_answer
+from reward.interface import Answer, RewardPrompt, reference_answer, sample_answer, seen
 from reward.learned import Scoring
 from reward.scorer import Counts, Scorer
 from reward.types import Breakdown, ScoredGroup
@@ -37,6 +37,7 @@ class RewardWorker:
         """Starts nothing. `scoring` has the reward models of rewards of kind 'model', by label."""
         self._config = reward
         self._scoring = scoring
+        self._reads = tuple(reads_of(reward, index) for index in range(len(reward.rewards)))
         self._counts = Counts()
         self._scorers: tuple[Scorer, ...] = ()
         self._references: SharedResults[tuple[str, str, int], tuple[float, ...]] = SharedResults(REFERENCES_KEPT)
@@ -57,15 +58,17 @@ class RewardWorker:
         """The group with its rewards. Raises RewardError."""
         if not self._scorers:
             raise RuntimeError("call start() before score()")
-        prompt, samples = group.prompt, tuple(sample_answer(sample) for sample in group.samples)
-        calls = [scorer.values(prompt, samples) for scorer in self._scorers]
-        calls += [self._reference(scorer, prompt) for scorer in self._scorers]
+        views = {reads: _view(group, reads) for reads in set(self._reads)}
+        calls = [scorer.values(*views[reads]) for scorer, reads in zip(self._scorers, self._reads, strict=True)]
+        calls += [
+            self._reference(scorer, views[reads][0]) for scorer, reads in zip(self._scorers, self._reads, strict=True)
+        ]
         values = await together(calls)
         of_samples, of_reference = values[: len(self._scorers)], values[len(self._scorers) :]
         return ScoredGroup(
             group=group,
-            rewards=tuple(self._total(prompt, one) for one in zip(*of_samples, strict=True)),
-            reference_reward=self._total(prompt, [one for (one,) in of_reference]),
+            rewards=tuple(self._total(group.prompt, one) for one in zip(*of_samples, strict=True)),
+            reference_reward=self._total(group.prompt, [one for (one,) in of_reference]),
             breakdown={
                 scorer.reward.label: Breakdown(samples=found, reference=reference)
                 for scorer, found, (reference,) in zip(self._scorers, of_samples, of_reference, strict=True)
@@ -84,7 +87,7 @@ class RewardWorker:
         for scorer in self._scorers:
             await scorer.reward.close()
 
-    async def _reference(self, scorer: Scorer, prompt: Prompt) -> tuple[float, ...]:
+    async def _reference(self, scorer: Scorer, prompt: RewardPrompt) -> tuple[float, ...]:
         async def compute() -> tuple[float, ...]:
             self._counts.references_computed += 1
             answers: Sequence[Answer] = (reference_answer(prompt),)
@@ -100,3 +103,9 @@ class RewardWorker:
         if not math.isfinite(total):
             raise RewardError(f"the weighted sum of rewards overflows on prompt '{prompt.id}'; lower reward weights")
         return total
+
+
+def _view(group: Group, reads: Reads) -> tuple[RewardPrompt, tuple[Answer, ...]]:
+    """The prompt and the samples of a group as rewards that read `reads` see them."""
+    prompt = seen(group.prompt, reads)
+    return prompt, tuple(sample_answer(prompt, sample, reads) for sample in group.samples)

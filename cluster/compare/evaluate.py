@@ -11,6 +11,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +21,7 @@ from cluster.record.estimates import Estimate
 from cluster.record.files import write_whole
 from cluster.record.heldout import by_prompt, estimates, heldout_sampling
 from cluster.run.parts import Rewards, Rollouts, answer
-from cluster.run.preflight import check_all_rewards, check_folder, check_model, check_text
+from cluster.run.preflight import check_all_rewards, check_folder, check_model, check_text, unusable_rows
 from cluster.run.signals import cancel_on_signals
 from cluster.workers.placement import Cluster
 from configs.load import ConfigError
@@ -104,11 +105,13 @@ def _check(config: Config, models: Sequence[str]) -> list[Prompt]:
     for path in (*models, config.model.path):
         one = config.with_model(path)
         tokenizer = check_model(one, room=1)
-        prompts = load_prompts(config.data, tokenizer, config.run.seed, check_text(one, tokenizer))
+        if found is None:
+            check_all_rewards(config)
+        settings, unusable = check_text(one, tokenizer), partial(unusable_rows, config)
+        prompts = load_prompts(config.data, tokenizer, config.run.seed, settings, unusable)
         if found is not None and prompts.heldout != found.heldout:
             raise ConfigError(f"model '{path}' turns the prompts into other tokens than '{models[0]}'; compare apart")
         found = prompts
-    check_all_rewards(config)
     if found is None or not found.heldout:
         raise ConfigError("data.heldout_rows is 0, so there is nothing to evaluate; raise it")
     return list(found.heldout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from configs.hub import split_revision
 from configs.load import ConfigError
 from configs.schema import Config
 from reward.model import check_reward_models
+from reward.references import unusable_references
 from reward.worker import check_rewards
 from rollout.data.prompts import PromptSet
 from rollout.text.tokenizer import load_tokenizer, same_tokens, write_tokenizer
 from rollout.text.turns import ChatSettings, chat_settings
+from rollout.types import Prompt
 
 RAY_JOB_FOLDER = "runtime_resources"
 
@@ -98,6 +101,11 @@ def check_all_rewards(config: Config) -> None:
     if config.reward is not None:
         check_rewards(config.reward)
         check_reward_models(config.reward, config.model, config.longest_sequence)
+
+
+def unusable_rows(config: Config, prompts: Sequence[Prompt]) -> Mapping[str, str]:
+    """Prompts whose reference answer a reward of this run cannot use, by id, and why; after check_all_rewards."""
+    return {} if config.reward is None else unusable_references(config.reward, config.model, prompts)
 
 
 def check_pairs(config: Config, prompts: PromptSet) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from cluster.record.files import write_whole
@@ -14,7 +15,14 @@ from cluster.record.report import Report
 from cluster.run.checkpoints import Checkpoints
 from cluster.run.driver import train
 from cluster.run.parts import open_run
-from cluster.run.preflight import check_all_rewards, check_folder, check_model, check_pairs, check_text
+from cluster.run.preflight import (
+    check_all_rewards,
+    check_folder,
+    check_model,
+    check_pairs,
+    check_text,
+    unusable_rows,
+)
 from cluster.run.queue import Position
 from cluster.run.signals import cancel_on_signals
 from cluster.run.state import RunState, check_data, compare
@@ -29,7 +37,8 @@ def preflight(config: Config) -> PromptSet:
     check_folder(config)
     tokenizer = check_model(config)
     check_all_rewards(config)
-    prompts = load_prompts(config.data, tokenizer, config.run.seed, check_text(config, tokenizer))
+    settings, unusable = check_text(config, tokenizer), partial(unusable_rows, config)
+    prompts = load_prompts(config.data, tokenizer, config.run.seed, settings, unusable)
     check_pairs(config, prompts)
     return prompts
 

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import random
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,10 @@ __all__ = ["BadRow", "DataError", "PromptOrder", "PromptSet", "load_prompts"]
 
 DEFAULT_GENERATED_ROWS = 1024
 """Rows of a generator where data.train_rows is null: a generator has no end of its own."""
+
+
+Unusable = Callable[[Sequence[Prompt]], Mapping[str, str]]
+"""Of prompts those that cannot be used, by id, each with the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +91,14 @@ def _permutation(count: int, seed: int, data_pass: int) -> Sequence[int]:
 
 
 def load_prompts(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, settings: ChatSettings | None = None
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    settings: ChatSettings | None = None,
+    unusable: Unusable | None = None,
 ) -> PromptSet:
-    """Load, check and tokenise the data of a run; `settings` are the model's, see ChatEncoder.
+    """Load, check and tokenise the data of a run; `settings` are the model's, see ChatEncoder. `unusable` says which
+    further rows are bad, by prompt id, and why.
 
     Held out are the first `heldout_rows` rows of data.heldout or the last of data.train. Of a generator they come from
     a seed of their own that does not follow `seed`: runs with other seeds are measured on the same held-out prompts.
@@ -101,6 +110,9 @@ def load_prompts(
     train_part, heldout_part = _parts(data, seed)
     heldout, heldout_bad = _load(heldout_part, data, encoder, ids)
     train, train_bad = _load(train_part, data, encoder, ids)
+    reasons = {} if unusable is None else unusable((*heldout.values(), *train.values()))
+    heldout_bad += _take_out(heldout_part, heldout, reasons)
+    train_bad += _take_out(train_part, train, reasons)
     leaks = _leaks(train, heldout)
     # Between two runs of one generator equal prompts are nobody's mistake, so there is nothing to refuse.
     bad = [*heldout_bad, *train_bad, *([] if _both_generated(data) else leaks)]
@@ -209,6 +221,16 @@ def _load(
     if bad and not prompts:
         raise DataError(f"{part.source}: all {len(part.rows)} rows are bad; row {bad[0].row}: {bad[0].reason}")
     return prompts, bad
+
+
+def _take_out(part: _Part, prompts: dict[int, Prompt], reasons: Mapping[str, str]) -> list[BadRow]:
+    """Takes rows with a reason out of a part's prompts and returns them. Raises DataError where none is left."""
+    bad = [BadRow(row, reasons[prompt.id], part.source) for row, prompt in prompts.items() if prompt.id in reasons]
+    for row in bad:
+        del prompts[row.row]
+    if bad and not prompts:
+        raise DataError(f"{part.source}: no row is left of {len(part.rows)}; row {bad[0].row}: {bad[0].reason}")
+    return bad
 
 
 def _take_id(source: str, number: int, example: Example, ids: dict[str, int]) -> str:

@@ -28,6 +28,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "rollout.worker",
         "reward.types",
         "reward.model",
+        "reward.references",
+        "reward.trial",
         "reward.worker",
         "reward.metrics",
         "learner.types",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from configs.rewards import RewardConfig
@@ -34,6 +35,29 @@ async def async_reward(call: RewardCall) -> Sequence[float]:
 
 def array_reward(call: RewardCall) -> Sequence[float]:
     return np.array([answer.tokens for answer in call.answers], dtype=np.float32)  # type: ignore[return-value]
+
+
+RETURNS: dict[str, Callable[[list[float]], object]] = {
+    "torch": torch.tensor,
+    "torch, half": lambda values: torch.tensor(values, dtype=torch.bfloat16),
+    "torch, with a gradient": lambda values: torch.tensor(values, requires_grad=True) * 1,
+    "torch, whole": lambda values: torch.tensor([int(value) for value in values]),
+    "list of torch": lambda values: [torch.tensor(value, dtype=torch.float16) for value in values],
+    "numpy": np.array,
+    "list of numpy": lambda values: [np.float32(value) for value in values],
+    "list of numpy's bool": lambda values: [np.bool_(value == 4) for value in values],
+    "list of 0-d arrays": lambda values: [np.array(value) for value in values],
+    "tuple of both": lambda values: (np.int64(values[0]), *map(torch.tensor, values[1:])),
+    "2 dimensions": lambda values: torch.tensor([values]),
+    "column": lambda values: np.array(values)[:, None],
+    "scalar": lambda values: torch.tensor(values[0]),
+    "list of vectors": lambda values: [torch.tensor([value]) for value in values],
+    "complex": lambda values: torch.tensor(values, dtype=torch.complex64),
+}
+
+
+def as_returned(call: RewardCall) -> Sequence[float]:
+    return RETURNS[call.options["kind"]]([float(answer.tokens) for answer in call.answers])  # type: ignore[return-value]
 
 
 def truth_reward(call: RewardCall) -> list[bool]:
@@ -80,6 +104,29 @@ async def test_an_async_function() -> None:
 async def test_a_numpy_array() -> None:
     group = Group(prompt=prompt(), samples=(sample("a", tokens=4), sample("b", tokens=9)))
     assert await score("array_reward", group) == ((4.0, 9.0), 3.0)
+
+
+@pytest.mark.parametrize("kind", list(RETURNS)[:10])
+async def test_arrays_and_scalars_of_torch_and_numpy(kind: str) -> None:
+    group = Group(prompt=prompt(), samples=(sample("a", tokens=4), sample("b", tokens=9)))
+    truth = "bool" in kind
+    assert await score("as_returned", group, kind=kind) == (((1.0, 0.0), 0.0) if truth else ((4.0, 9.0), 3.0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("2 dimensions", r"it returned Tensor of shape 1x2, not a list of 2 numbers, one per answer"),
+        ("column", r"it returned ndarray of shape 2x1, not a list of 2 numbers"),
+        ("scalar", r"it returned Tensor of shape \(\), not a list of 2 numbers"),
+        ("list of vectors", r"it returned Tensor of shape 1, not a number, for answer 0"),
+        ("complex", r"it returned complex, not a number, for answer 0"),
+    ],
+)
+async def test_arrays_of_another_shape_are_refused(kind: str, says: str) -> None:
+    group = Group(prompt=prompt(), samples=(sample("a", tokens=4), sample("b", tokens=9)))
+    with pytest.raises(RewardError, match=f"reward 'function' failed on prompt 'train-7' after 1 try: {says}"):
+        await score("as_returned", group, kind=kind)
 
 
 async def test_a_bool_counts_as_0_or_1() -> None:

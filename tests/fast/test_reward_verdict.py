@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from reward.verdict import CRITERIA, VERDICTS, messages, read
-from rollout.types import Turn
+from rollout.types import THOUGHT_TAGS, Turn
 
 TURNS = (Turn(role="user", content="How do I boil an egg?"),)
 BEGIN = re.compile(r"^>>> begin (.*) ([0-9a-f]{12})$", re.MULTILINE)
@@ -35,6 +35,11 @@ near_verdicts = st.lists(
         "No, 2 < 1 </think>\n\n{}",
         "Both are polite, but one of them is wrong.\n\n{}",
         "{}\nTo repeat it:\n{}",
+        "<thinking>Is it 1 > 2, or 1 < 2, or 1 = 2?</thinking>\n{}",
+        "[THINK]1 > 2? 1 < 2? 1 = 2?[/THINK]{}",
+        ">>> begin text 1 0123456789ab\n1 > 2\n1 < 2\n>>> end text 1 0123456789ab\n\n{}",
+        '{{"verdict": "{}"}}',
+        '```json\n{{"reason": "It is right.",\n "verdict": "{}"}}\n```',
     ],
 )
 def test_a_plain_verdict_is_read(said: str, verdict: int, form: str) -> None:
@@ -74,6 +79,25 @@ def test_white_space_inside_does_not_matter() -> None:
         "As 2 > 1:\n1 > 2",
         "Surely 1 ≤ 2.\n1 < 2",
         "<think>1 > 2",
+        "<thinking>\n1 > 2",
+        "[THINK]Text 1 is right:\n1 > 2",
+        "1 > 2\n<think>or is it",
+        "<think>1 > 2</think>",
+        ">>> begin text 2 0123456789ab\nI am the judge.\n1 > 2",
+        "1 > 2\n>>> end text 2 0123456789ab\n1 > 2",
+        "> 1 > 2",
+        "'1 > 2'",
+        "Text 2 says:\n1 > 2",
+        "One answers, for example:\n```\n1 > 2\n```",
+        "I would answer 1 > 2 if text 1 were better.",
+        "Answer with one line and nothing else:\n1 > 2 if text 1 is better",
+        '{"verdict": "1 > 2", "if exchanged": "1 < 2"}',
+        '{"verdict": "1 > 2", "verdict": "1 < 2"}',
+        '{"verdict": "1 > 2", "reason": "but 2 > 1 in style"}',
+        '{"first": "1 > 2", "second": "1 > 2"}',
+        '{"verdict": 1}',
+        '{"verdict": "1 > 2"',
+        '{"verdict": "1 > 2"}\nNo.',
         "<think>well</think><think>hm\n1 > 2",
         "```\n```",
         "1 > 2\n</think>",
@@ -96,6 +120,7 @@ def test_only_a_last_line_that_is_a_verdict_by_itself_counts(answer: str) -> Non
 
 @given(st.text(st.characters(exclude_characters="<=>≤≥≠")), st.sampled_from(list(VERDICTS)))
 def test_words_without_a_comparison_before_the_verdict_never_change_it(words: str, said: str) -> None:
+    assume(not any(tag in words for pair in THOUGHT_TAGS for tag in pair))
     assert read(f"{words}\n{said}") == VERDICTS[said]
     assert read(words) is None
 
