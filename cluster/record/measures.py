@@ -93,14 +93,15 @@ def of_samples(groups: Sequence[ScoredGroup], version: int, objective: Objective
 def forward(rows: Sequence[Row], results: Mapping[int, RowResult], sampled: bool = True) -> dict[str, float]:
     """What the learner's forward pass says of the rows, before the update. sampled: whether the groups have samples.
 
-    Rows that nothing is learnt from are not computed (of groups without signal, for most objectives), hence the names.
+    Rows that nothing is learnt from are not computed (of groups without signal, for most objectives), hence the names;
+    without samples all are.
     """
     samples = [(row, results[index]) for index, row in enumerate(rows) if row.kind == "sample"]
     references = [results[index] for index, row in enumerate(rows) if row.kind == "reference"]
     if results and all(math.isnan(result.mean_logprob) for result in results.values()):
         return {}  # of a reward model
     if not sampled:
-        return {"logprob/trained_reference_mean": mean(result.mean_logprob for result in references)}
+        return {"logprob/reference_mean": mean(result.mean_logprob for result in references)}
     tokens = sum(len(row.token_ids) for row, _ in samples)
     kl = [result.kl_sum for _, result in samples]
     asked = {} if all(map(math.isnan, kl)) else {"kl/trained_mean": _ratio(sum(kl), tokens)}

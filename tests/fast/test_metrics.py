@@ -461,7 +461,7 @@ def test_a_step_without_samples_has_no_numbers_of_samples() -> None:
     assert report.terms == {"preference": 2.0}
     beginnings = {name.split("/")[0] for name in report.metrics}
     assert beginnings == {"logprob", "preference", "tokens", "micro_batches"}
-    assert report.metrics["logprob/trained_reference_mean"] == 0.0
+    assert report.metrics["logprob/reference_mean"] == 0.0
 
 
 def test_every_metric_is_documented_and_every_documented_one_exists() -> None:
