@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from cluster.record.files import write_whole
 from cluster.record.folder import RunFolder, RunFolderError
 from cluster.record.metrics import Cut, cut_after
 from cluster.run.checkpoints import CheckpointError
+from cluster.run.gap import Measured
 from cluster.run.queue import Position
 from cluster.run.state import FIXED, RunState, check_data, compare
 from configs.load import as_tree, field_names, parse
@@ -198,6 +201,13 @@ def test_a_state_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     assert RunState.load(tmp_path) == saved
     assert saved.position == Position(oldest=3, ahead=frozenset({4, 9}))
     assert [path.name for path in tmp_path.iterdir()] == ["run_state.json"]
+    measured = replace(saved, gap=Measured(dtype="bfloat16", mean=4e-3))
+    measured.save(tmp_path)
+    assert RunState.load(tmp_path) == measured
+    record = json.loads((tmp_path / "run_state.json").read_bytes())
+    del record["gap"]  # as before there was a guard
+    (tmp_path / "run_state.json").write_text(json.dumps(record))
+    assert RunState.load(tmp_path) == saved
 
 
 @pytest.mark.parametrize(
@@ -208,6 +218,9 @@ def test_a_state_comes_back_as_it_was_saved(tmp_path: Path) -> None:
         lambda record: record.update(step=True),
         lambda record: record.update(ahead=[1], oldest=4),
         lambda record: record.update(ahead=3),
+        lambda record: record.update(gap={"dtype": "int8", "mean": 0.1}),
+        lambda record: record.update(gap={"dtype": "bfloat16", "mean": math.nan}),
+        lambda record: record.update(gap=0.1),
     ],
 )
 def test_a_state_that_makes_no_sense_is_refused(tmp_path: Path, change) -> None:
