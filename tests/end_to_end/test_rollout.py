@@ -199,7 +199,7 @@ async def test_a_sample_ends_where_a_turn_ends_or_with_eos_or_at_the_limit(live:
     cut = [sample for sample in group.samples if sample.finish == "length"]
     assert stopped
     assert cut
-    assert {s.token_ids[-1] for s in stopped} == {TURN_END, EOS}
+    assert TURN_END in {s.token_ids[-1] for s in stopped} <= {TURN_END, EOS}
     assert not any({TURN_END, EOS} & {*s.token_ids[:-1]} for s in stopped)
     assert all(len(s.token_ids) == 60 and not {TURN_END, EOS} & {*s.token_ids} for s in cut)
     assert any(" " in s.text for s in group.samples)  # the class would have shown none

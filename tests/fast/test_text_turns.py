@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import cast
 
 import pytest
 from tokenizers import AddedToken
 
 from configs.schema import ModelConfig
+from rollout.data.chat import Encoded
+from rollout.data.layouts import Example
 from rollout.data.rows import DataError, RowError
 from rollout.text.turns import chat_settings, stop_ids, turn_end
 from tests import tiny
@@ -225,3 +228,15 @@ def test_stops_are_read_as_engines_read_them(tmp_path: Path) -> None:
     found = chat_settings(model)
     assert (found.stop_ids, found.vocabulary, found.template_kwargs) == ((3, 0), tiny.VOCABULARY, {"a": 1})
     assert turn_end(tiny.tokenizer(), found).token == "<|end|>"
+
+
+def test_a_row_without_a_reference_is_its_prompt() -> None:
+    made = byte_tokenizer(CHATML, IM)
+    example = Example(key=None, messages=[{"role": "user", "content": "3+2?"}], answer="5", rejected=None, extra={})
+    without, with_rejected = (
+        dataclasses.replace(example, answer=cast(str, None), rejected=rejected) for rejected in (None, "6")
+    )
+    found = [one for one in encoder(made).encode([without, example, with_rejected]) if isinstance(one, Encoded)]
+    assert [made.decode(one.reference_ids) for one in found] == ["", "5<|im_end|>", ""]
+    assert [one.rejected_ids and made.decode(one.rejected_ids) for one in found] == [None, None, "6<|im_end|>"]
+    assert len({one.token_ids for one in found}) == 1
