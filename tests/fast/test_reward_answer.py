@@ -58,6 +58,9 @@ def test_only_what_stands_after_the_thought_counts(opening: str, closing: str) -
     assert opened_thought(f"<|user|>3+2?<|assistant|>{opening}\n") == opening
     assert opened_thought(f"<|user|>what is {opening}?<|assistant|>") is None
     assert opened_thought(f"<|assistant|>{opening}\n\n{closing}\n\n") is None
+    assert opened_thought(f"<|user|>3+2?<|assistant|>{opening}\nWell, ", "3+2?") == opening
+    assert opened_thought(f"<|user|>{opening} is a tag<|assistant|>", f"{opening} is a tag") is None
+    assert opened_thought(f"<|user|>{closing}<|assistant|>{opening}", f" {closing}") == opening
 
 
 def test_a_thought_is_closed_by_its_own_tag_alone() -> None:
