@@ -46,7 +46,7 @@ class ExactReward(RewardBase):
 
 
 class NumericReward(RewardBase):
-    """1 if the answer's last number or formula equals the reference's, by math-verify, else 0."""
+    """1 if the answer's result, a number or formula, equals the reference's, else 0; docs/rewards.md has a table."""
 
     kind: Literal["numeric"]
 

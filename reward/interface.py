@@ -117,7 +117,8 @@ def seen(prompt: Prompt, reads: Reads) -> RewardPrompt:
     if reads == "answer":
         kept["reference_text"] = _without_thought(prompt.reference_text)
         kept["rejected_text"] = None if prompt.rejected_text is None else _without_thought(prompt.rejected_text)
-    opened = opened_thought(prompt.text) if reads == "answer" else None
+    last = prompt.messages[-1].content if prompt.messages else ""
+    opened = opened_thought(prompt.text, last) if reads == "answer" else None
     return RewardPrompt(**kept, whole_reference_text=prompt.reference_text, opened_thought=opened)
 
 

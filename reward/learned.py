@@ -71,7 +71,7 @@ def _cut(request: ScoreRequest) -> bool:
 
 def request_of(prompt: RewardPrompt, answer: Answer) -> ScoreRequest:
     """What a reward model is asked about an answer: its tokens, or its text where a thought was taken out."""
-    opened = prompt.opened_thought
+    opened, line = prompt.opened_thought, "" if prompt.text[-1:].isspace() else "\n"
     cut = opened is not None or answer.text != answer.whole
     return ScoreRequest(
         prompt_ids=prompt.token_ids,
@@ -79,5 +79,5 @@ def request_of(prompt: RewardPrompt, answer: Answer) -> ScoreRequest:
         answer_ids=None if cut else answer.token_ids,
         answer_text=answer.text,
         finish="stop" if cut else answer.finish,
-        closing="" if opened is None else f"\n{CLOSES[opened]}\n\n",
+        closing="" if opened is None else f"{line}\n{CLOSES[opened]}\n\n",
     )

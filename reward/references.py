@@ -21,7 +21,7 @@ from reward.errors import NotRetryable, RewardError, one_line
 from reward.interface import RewardPrompt, reference_answer, seen
 from reward.learned import request_of
 from reward.numeric.result import result_of
-from reward.numeric.values import is_plain, value_of
+from reward.numeric.values import formulas, value_of
 from reward.sequences import Sequences
 from reward.verified import Kind, Question, VerifierProcess
 from rollout.types import Prompt
@@ -72,9 +72,16 @@ def _without_answer(prompts: Iterable[RewardPrompt]) -> Reasons:
 
 
 def _numeric(prompts: Sequence[RewardPrompt], reads: Reads) -> Reasons:
-    """Plain numbers are read here, by the thousand; only formulas need the verifier."""
-    others = [prompt for prompt in prompts if not is_plain(value_of(result_of(prompt.reference_text), listed=True))]
-    return _verified("numeric", verified.numeric(reads), others)
+    """Numbers are read here, by the thousand; only formulas need the verifier."""
+    reasons: Reasons = {}
+    with_formulas: list[RewardPrompt] = []
+    for prompt in prompts:
+        found = value_of(result_of(prompt.reference_text), listed=True)
+        if found is None:
+            reasons[prompt.id] = verifier.NO_VALUE
+        elif any(True for _ in formulas(found)):
+            with_formulas.append(prompt)
+    return reasons | _verified("numeric", verified.numeric(reads), with_formulas)
 
 
 def _reasoning_gym(prompts: Sequence[RewardPrompt]) -> Reasons:

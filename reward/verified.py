@@ -93,7 +93,7 @@ class VerifiedReward:
 
     def __init__(self, label: str, kind: Kind, question: Question, timeout_s: float, counts: Counts) -> None:
         self.label = label
-        self._question = question
+        self.question = question
         self._timeout_s = timeout_s
         self._counts = counts
         self._process = VerifierProcess(kind)
@@ -111,7 +111,7 @@ class VerifiedReward:
         if not answers:
             return []
         request = {
-            **self._question(prompt),
+            **self.question(prompt),
             "answers": [answer.text for answer in answers],
             "seconds_to_prepare": 0.4 * self._timeout_s,
             "seconds": min(ANSWER_LIMIT_S, 0.4 * self._timeout_s / len(answers)),

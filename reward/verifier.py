@@ -11,6 +11,7 @@ line of standard output, both JSON:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -32,9 +33,10 @@ from reward.guard import (
 )
 from reward.numeric.equality import equal, unnamed
 from reward.numeric.result import in_tags, result_of
-from reward.numeric.values import Several, value_of
+from reward.numeric.values import Several, formulas, value_of
 
 MEMORY_GIB = 4.0
+NO_VALUE = "its reference answer has no number or formula"
 Verify = Callable[[str], float]
 Request = Mapping[str, Any]
 T = TypeVar("T")
@@ -120,7 +122,11 @@ def numeric() -> Callable[[Request], Verify]:
         read: Callable[[str], str] = str if request.get("reads") == "whole" else answer_of
         wanted = value_of(result_of(read(request["reference"])), listed=True)
         if wanted is None:
-            raise BadRequest("its reference answer has no number or formula")
+            raise BadRequest(NO_VALUE)
+        for formula in formulas(wanted):
+            with contextlib.suppress(algebra.Unreadable):  # then only an answer that is written alike is equal to it
+                if algebra.undefined(formula.latex):
+                    raise BadRequest(f"its reference answer {formula.latex} has no value")
         listed = isinstance(unnamed(wanted), Several)
 
         def verify(answer: str) -> float:

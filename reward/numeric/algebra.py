@@ -31,7 +31,7 @@ _NORMAL = NormalizationConfig(
 
 
 class Unreadable(Exception):
-    """LaTeX that the parser does not understand as a whole, or whose value is not defined."""
+    """LaTeX that the parser does not understand as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +60,17 @@ def parsed(latex: str) -> Expression:
         )
     except Exception as error:  # antlr and sympy raise whatever a text leads them to
         raise Unreadable(f"{latex}: {type(error).__name__}") from error
-    if isinstance(found, sympy.Basic) and found.has(sympy.nan, sympy.zoo):
-        raise Unreadable(f"{latex} has no value")
-    return found
+    if not isinstance(found, sympy.Expr):
+        return found
+    return found.subs({symbol: sympy.I for symbol in found.free_symbols if str(symbol) == "i"})
+
+
+def undefined(latex: str) -> bool:
+    """Whether a formula has no value, such as 3/0. Raises Unreadable."""
+    found = parsed(latex)
+    return isinstance(found, sympy.Basic) and bool(
+        found.has(sympy.nan, sympy.zoo) or found.doit().has(sympy.nan, sympy.zoo)
+    )
 
 
 _WORDS = re.compile(r"(?<![A-Za-z\\])(sqrt|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln|exp|pi|infinity|infty)(?![a-z])")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from reward.numeric.symbols import FONTED, simplified
+from reward.numeric.symbols import FONTED, simplified, trimmed
 
 FUNCTION = re.compile(r"(?<![A-Za-z\\])(?:sqrt|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln|exp|pi)(?![a-z])")
 UNIT = re.compile(
@@ -54,12 +54,13 @@ def mathematics(latex: str) -> Iterator[Piece]:
     content = simplified(latex)
     if any(_words(content, mathematics=True)):
         yield from _plain(content, mathematics=True)
-    elif content.strip(".,;: "):
-        yield Piece(content.strip(".,;: "), is_value=True)
+    elif trimmed(content):
+        yield Piece(trimmed(content), is_value=True)
 
 
 _LETTERS = re.compile(
     r"(?<![\\A-Za-z])-?(?P<run>[^\W\d_]+)(?P<tail>[\w'-]*)(?:(?<=[A-Za-z]{2})\s*\^\s*(?:\d|\{-?\d+\}))?|[^\x00-\x7f]+"
+    r"|</?[A-Za-z][\w:-]*>"
 )
 _SHORT_WORD = re.compile(
     r"(?:and|or|is|are|was|the|to|in|of|for|if|at|so|we|he|she|it|its|by|on|as|no|not|but|has|had|can|per|out|all|one|two"
@@ -77,10 +78,13 @@ def _words(text: str, mathematics: bool) -> Iterator[tuple[int, int]]:
         if run is not None and run.isascii():
             start, end = found.span("run")
             before, tail = text[max(0, start - NEAR) : start], found["tail"]
+            if before.endswith(("\\begin{", "\\end{")):
+                continue
             function = FUNCTION.match(run)
             if function and len(run) - function.end() <= 1:
                 continue
-            if len(run) == 1 and (mathematics or not tail.isdigit() or _OPERATOR_BEFORE.search(before)):
+            glued = re.match(r"'[A-Za-z]|-[A-Za-z]{2}", tail) is not None  # `o'clock`
+            if len(run) == 1 and not glued and (mathematics or not tail.isdigit() or _OPERATOR_BEFORE.search(before)):
                 continue
             if len(run) in (2, 3) and not _SHORT_WORD.match(run) and not _is_unit(before, run):
                 beside = _OPERATOR_BEFORE.search(before) or _OPERATOR_AFTER.match(text, end)
@@ -126,7 +130,7 @@ def _groups(text: str, words: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 _SPACE = re.compile(r"(?<=[\w)\]}%!])[ \t]+(?=[\w(\[{\\.])")
-_COMMAND_BEFORE = re.compile(r"(?:\\[A-Za-z]+|(?:^|[^A-Za-z])(?:sqrt|sin|cos|tan|log|ln|exp))$")
+_COMMAND_BEFORE = re.compile(r"(?:\\[A-Za-z]+(?:_(?:\w|\{\w+\}))?|(?:^|[^A-Za-z])(?:sqrt|sin|cos|tan|log|ln|exp))$")
 _GROUPED = re.compile(r"(?<![\w.,])\d{1,3}(?: \d{3})+(?!\d)")
 
 
@@ -162,7 +166,7 @@ _VALUE = re.compile(
 
 
 def _piece(text: str) -> Piece:
-    value = _balanced(re.sub(r"\s+-+$", "", text.strip(" \t,.;:")))
+    value = _balanced(re.sub(r"\s+-+$", "", trimmed(text)))
     value = re.sub(r"^[=*/:~]\s*|^\\approx\s*", "", value).strip()
     is_value = _VALUE.search(value) is not None
     return Piece(value if is_value else text, is_value=is_value)

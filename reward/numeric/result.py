@@ -140,7 +140,7 @@ def _first_values(inside: Iterable[Piece]) -> Result:
 
 
 _JOINT = re.compile(r"\s*(?:,?\s*\band\b|,?\s*\bor\b|[,;&])\s*", flags=re.IGNORECASE)
-_OR = re.compile(r"\bor\b", flags=re.IGNORECASE)
+_OR = re.compile(r"\bor\b|^\N{EN DASH}$", flags=re.IGNORECASE)
 _OR_PIECE = Piece(" or ", is_value=False)
 
 

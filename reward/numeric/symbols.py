@@ -34,6 +34,8 @@ _VULGAR = re.compile("[¼-¾⅐-⅞]")
 _EMPHASIS = re.compile(r"(?<![\w)\]}*])(\*{1,3}|_{1,3})(?=\S)([^*\n]+?)(?<=\S)\1(?![\w(*])")
 _LONG_DASH = re.compile(r"(?:(?<=^)|(?<=[\s(=$]))[\N{EN DASH}\N{EM DASH}](?=[\d.$\\])")
 _PERCENT = re.compile(r"(?<=[\d}])\s*\\?(?:%|\bper ?cent\b|\bpct\b)", flags=re.IGNORECASE)
+_NEGATIVE = re.compile(r"\b(?:negative|minus)\s+(?=\d)", flags=re.IGNORECASE)
+_NOT_KNOWN = re.compile(r"(?<![\w/])[Nn]/[Aa](?![\w/])")
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 """Words that make a number larger, with their powers of ten."""
 _SCALED = re.compile(rf"(?<=\d)\s*\b({'|'.join(SCALES)})s?\b", flags=re.IGNORECASE)
@@ -46,7 +48,7 @@ def spelled(text: str) -> str:
         text = _RAISED.sub(lambda found: f"^{{{found.group().translate(_SUPERSCRIPTS)}}}", text)
         text = "".join(_digit(sign) for sign in _LONG_DASH.sub("-", text).translate(_TABLE))
     text = _EMPHASIS.sub(r"\2", _EMPHASIS.sub(r"\2", text)).replace("`", "")
-    text = _PERCENT.sub("%", text)
+    text = _NEGATIVE.sub("-", _NOT_KNOWN.sub("unknown", _PERCENT.sub("%", text)))
     return _SCALED.sub(lambda found: f"\\{found[1].lower()} ", text)
 
 
@@ -72,10 +74,24 @@ _GROUPS = re.compile(r"(?<=\d)(?:\\[,;:!> ]\s*|~)(?=\d{3}(?!\d))")
 
 def simplified(latex: str) -> str:
     """LaTeX without what only shapes it: sizes, spaces, fonts, degrees, units in \\text{}."""
-    text = _GROUPS.sub("", latex.replace("{,}", ","))
+    text = _GROUPS.sub("", _MATRIX.sub(_tight, latex).replace("{,}", ","))
     text = FONTED.sub(_without_font, text)
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
     return _SPACES.sub(" ", _DROPPED.sub(" ", text)).replace(r"\%", "%").strip()
+
+
+_MATRIX = re.compile(r"\\begin\{(\w*matrix)\}.*?\\end\{\1\}", flags=re.DOTALL)
+
+
+def _tight(found: re.Match[str]) -> str:
+    """A matrix without spaces between its entries, so that it stays one value."""
+    return re.sub(r"\s*(&|\\\\|\\begin\{\w+\}|\\end\{\w+\})\s*", r"\1", found.group())
+
+
+def trimmed(value: str) -> str:
+    """Without white space and punctuation at its ends; the point of `.5` is none."""
+    value = value.strip(" \t\n,;:").rstrip(" .,;:")
+    return value if re.match(r"\.\d", value) else value.lstrip(" .")
 
 
 def _without_font(found: re.Match[str]) -> str:

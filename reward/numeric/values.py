@@ -6,13 +6,13 @@ Plain numbers, fractions and lists of them need no sympy, which is what makes th
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from reward.numeric.pieces import FUNCTION, UNIT
 from reward.numeric.result import Result
-from reward.numeric.symbols import SCALES, simplified
+from reward.numeric.symbols import SCALES, simplified, trimmed
 
 LONGEST = 1000
 """Characters of a value that is looked at; a longer one is none."""
@@ -72,11 +72,15 @@ def close(one: Fraction, other: Fraction, rounded: bool) -> bool:
     return abs(one - other) <= min(ABSOLUTE, RELATIVE * max(abs(one), abs(other)))
 
 
-def is_plain(value: Value | None) -> bool:
-    """Whether a value is one without any formula, so that nothing has to be computed to compare it."""
-    if isinstance(value, Several):
-        return all(is_plain(item) for item in value.items)
-    return is_plain(value.value) if isinstance(value, Named) else isinstance(value, Number)
+def formulas(value: Value) -> Iterator[Formula]:
+    """All formulas in a value."""
+    if isinstance(value, Formula):
+        yield value
+    elif isinstance(value, Named):
+        yield from formulas(value.value)
+    elif isinstance(value, Several):
+        for item in value.items:
+            yield from formulas(item)
 
 
 def value_of(result: Result, listed: bool = False) -> Value | None:
@@ -88,7 +92,7 @@ def value_of(result: Result, listed: bool = False) -> Value | None:
 
 def value(text: str) -> Value | None:
     """One written value. None where it is none: dangling operators, words, `12:`, `4 10/3`."""
-    text = _unwrapped(simplified(text).strip(" .,;"))
+    text = _unwrapped(trimmed(simplified(text)))
     if not text or len(text) > LONGEST or text[-1] in "=+-*/^<>_" or text[0] in "=*/^<>_":
         return None
     return (
@@ -319,12 +323,12 @@ def _several(items: Sequence[Value]) -> Value:
 
 
 # Words, questions, numbers side by side, times, versions, dates.
-_NO_FORMULA = re.compile(r"[A-Za-z]{4}|\?|\d\s+\d|\d:|:\d|\d\.\d+\.\d|\d-\d+-\d|\d/\d+/\d{4}")
+_NO_FORMULA = re.compile(r"[A-Za-z]{4}|\?|(?<![_\d])\d+\s+\d|\d:|:\d|\d\.\d+\.\d|\d-\d+-\d|\d/\d+/\d{4}")
 
 
 def _formula(text: str) -> Formula | None:
     """A formula has a digit, an operator or a command, and no words."""
-    bare = re.sub(r"\\[A-Za-z]+|" + FUNCTION.pattern, "@", text)
+    bare = re.sub(r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+|" + FUNCTION.pattern, "@", text)
     if _NO_FORMULA.search(bare):
         return None
     if not re.search(r"[\d+\-*/^=<>_|!]|\\[A-Za-z]", text) and not re.fullmatch(r"[A-Za-z]", text.strip()):

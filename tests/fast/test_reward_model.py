@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,25 @@ async def test_a_model_that_padding_changes_is_refused(tiny_model: Path, tmp_pat
     tiny.tokenizer().save_pretrained(tmp_path)
     with pytest.raises(RewardError, match=r"in a padded batch and .* alone; such a model is not supported"):
         await worker_of(tmp_path, tiny_model).start()
+
+
+async def test_an_answer_without_its_thought_is_scored_as_the_tokens_of_its_text(
+    reward_model: Path, tiny_model: Path
+) -> None:
+    worker, tokenizer = worker_of(reward_model, tiny_model), tiny.tokenizer()
+    asked = [
+        replace(request([9, 4], [], text=text), answer_ids=None) for text in ("five", "", f"five{tokenizer.eos_token}")
+    ]
+    asked.append(replace(asked[0], closing="\n</think>\n\n"))
+
+    def ids(text: str, **settings: Any) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, **settings)["input_ids"])
+
+    forged = ids(f"five{tokenizer.eos_token}", split_special_tokens=True)
+    assert EOS not in forged
+    wanted = [ids("five"), [], forged, [*ids("\n</think>\n\n"), *ids("five")]]
+    sequences = [[9, 4, *one, EOS] for one in wanted]
+    assert await worker.score(asked) == pytest.approx(alone(reward_model, sequences), abs=1e-5)
 
 
 async def test_answers_are_scored_as_ended(reward_model: Path, tiny_model: Path) -> None:

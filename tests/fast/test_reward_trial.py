@@ -38,7 +38,7 @@ async def found(reward: RewardConfig) -> dict[tuple[str, str], Trial]:
 
 
 async def test_every_reward_is_tried_on_a_reference_an_empty_answer_and_a_wrong_one() -> None:
-    trials = await found(config({"kind": "exact", "weight": 3}, {"kind": "numeric"}, {"kind": "length"}))
+    trials = await found(config({"kind": "exact", "weight": 3}, {"kind": "regex", "pattern": "5"}, {"kind": "length"}))
     assert [trial.value for trial in trials.values()] == [1, 0, 0, 1, 0, 0, 1, 1, 1]
 
 
