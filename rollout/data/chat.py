@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rollout.data.layouts import Example, Message
+from rollout.data.fields import Message
+from rollout.data.layouts import Example
 from rollout.data.rows import DataError, RowError, one_line
 from rollout.text.answers import Body, Opening, body_of
 from rollout.text.control import ControlText
@@ -38,7 +39,7 @@ class Encoded:
     token_ids: tuple[int, ...]
     """[P]"""
     reference_ids: tuple[int, ...]
-    """[R] ends with the token that ends a turn, which occurs nowhere else in it."""
+    """[R] ends with the token that ends a turn, which occurs nowhere else in it; empty where the row has none."""
     rejected_ids: tuple[int, ...] | None
     """[J] likewise."""
 
@@ -49,7 +50,8 @@ class _Rendered:
     text: str
     """With masks where `masked`."""
     answers: tuple[str, ...]
-    """The reference and, where there is one, the rejected answer, as the template writes them, up to the turn's end."""
+    """Reference and rejected answer, where there are such, as the template writes them, up to the turn's end."""
+    has_reference: bool
     masked: bool
     """Whether somebody's text spells a control token."""
 
@@ -121,7 +123,7 @@ class ChatEncoder:
         return tuple(notes)
 
     def _render(self, example: Example) -> _Rendered | RowError:
-        answers = (example.answer,) if example.rejected is None else (example.answer, example.rejected)
+        answers = [answer for answer in (example.answer, example.rejected) if answer is not None]
         try:
             messages = self._with_system(example.messages)
             masked, safe = self._safe(messages)
@@ -137,7 +139,7 @@ class ChatEncoder:
         self._dropped += sum(body.dropped_thought for body in bodies)
         if masked and self._control.is_private(self._control.unmask(text)):
             return RowError("the chat template cuts a control token in the text of a message")
-        return _Rendered(turns, text, tuple(body.text for body in bodies), masked)
+        return _Rendered(turns, text, tuple(body.text for body in bodies), example.answer is not None, masked)
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         if self._system is None:
@@ -249,16 +251,17 @@ class ChatEncoder:
         text = self._control.unmask(item.text) if item.masked else item.text
         proven = number < _PROVEN_ROWS or number % _PROVEN_EVERY == 0
         ended = []
-        for body, ids in zip(item.answers, answers, strict=True):
-            if not prompt or not ids:
+        # without any answer the prompt is proven by itself
+        for body, ids in zip(item.answers or ("",), answers or ((),), strict=True):
+            if not prompt or (item.answers and not ids):
                 return RowError("the tokenizer makes a control token of the text of a message")
             if not self._stops.isdisjoint(ids):
                 return RowError("an answer has a token at which samples end before it has ended")
             why = self._proof.why_not(text + body, prompt + ids) if proven or item.masked else None
             if why is not None:
                 return RowError(f"its tokens do not decode to its text: {why}")
-            ended.append((*ids, self.end.token_id))
-        highest = max(max(prompt), *(max(ids) for ids in ended))
+            ended += [(*ids, self.end.token_id)] if item.answers else []
+        highest = max(max(ids) for ids in (prompt, *ended))
         if self._settings.vocabulary is not None and highest >= self._settings.vocabulary:
             name = self._tokenizer.convert_ids_to_tokens(highest)
             return RowError(f"'{name}' is token {highest}, and the model has only {self._settings.vocabulary}")
@@ -266,8 +269,8 @@ class ChatEncoder:
             messages=item.messages,
             text=text,
             token_ids=prompt,
-            reference_ids=ended[0],
-            rejected_ids=ended[1] if len(ended) > 1 else None,
+            reference_ids=ended[0] if item.has_reference else (),
+            rejected_ids=ended[-1] if len(ended) > item.has_reference else None,
         )
 
     def _tails(self, texts: Sequence[str]) -> list[str]:
