@@ -23,7 +23,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from configs.load import ConfigError, parse, read_yaml, resolved
+from configs.load import ConfigError, parse, read_yaml
 from configs.stages import is_staged, parse_stages, without_stages
 
 INTERRUPTED = 130
@@ -57,12 +57,17 @@ def _parser() -> argparse.ArgumentParser:
     for name, command, subject, text in (
         ("train", _train, "config", "start a run from a config file"),
         ("resume", _resume, "folder", "go on with the run in a folder, from its last checkpoint"),
-        ("check", _check, "config", "check a config, its model and its data without starting anything"),
     ):
         sub = commands.add_parser(name, help=text)
         sub.add_argument(subject)
         sub.add_argument("overrides", nargs="*", metavar="section.key=value")
         sub.set_defaults(command=command)
+    check = commands.add_parser("check", help="show what a run would read, reward, do and need, without starting it")
+    check.add_argument("config")
+    check.add_argument("overrides", nargs="*", metavar="section.key=value")
+    check.add_argument("--prompt", metavar="ID", help="the prompt to show; else the first of training")
+    check.add_argument("--yaml", action="store_true", help="also print the whole config, every default written out")
+    check.set_defaults(command=_check)
     evaluate = commands.add_parser("evaluate", help="compare models with model.path on the held-out prompts")
     evaluate.add_argument("config")
     evaluate.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -105,24 +110,9 @@ def _resume(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     def go() -> None:
-        from cluster.run.session import preflight
-        from cluster.run.stages import check_stages
+        from cluster.check import check_config
 
-        tree = read_yaml(options.config)
-        if is_staged(tree):
-            staged = parse_stages(tree, options.overrides, options.config)
-            found = zip([f"stage {stage.folder}, " for stage in staged.stages], check_stages(staged), strict=True)
-            text = staged.text
-        else:
-            config = parse(tree, options.overrides, options.config)
-            found = zip([""], [preflight(config)], strict=True)
-            text = resolved(config)
-        print(text, end="")
-        for which, prompts in found:
-            print(
-                f"# ok: {which}{len(prompts.train)} training and {len(prompts.heldout)} held-out prompts, "
-                f"{len(prompts.skipped)} bad rows skipped"
-            )
+        check_config(read_yaml(options.config), options.overrides, options.config, options.prompt, options.yaml)
 
     _guarded(go)
 

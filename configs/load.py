@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from configs.data import ONE, SEVERAL, DataSource
 from configs.rewards import AnyReward
 from configs.schema import Config, LearnerConfig
 
@@ -119,7 +120,7 @@ def _name_objective(tree: DictConfig) -> None:
 def _make_absolute(tree: DictConfig) -> None:
     """Local paths become absolute: workers run in other folders, and a run may be resumed from another one."""
     has_objective = isinstance(OmegaConf.select(tree, "learner.objective"), DictConfig)
-    for key in ("model.path", "data.train", "data.heldout", *(["learner.objective.critic"] if has_objective else [])):
+    for key in ("model.path", *_sources(tree), *(["learner.objective.critic"] if has_objective else [])):
         value = OmegaConf.select(tree, key)
         if isinstance(value, str) and value and Path(value).expanduser().exists():
             OmegaConf.update(tree, key, str(Path(value).expanduser().resolve()))
@@ -131,10 +132,21 @@ def _make_absolute(tree: DictConfig) -> None:
                 reward["path"] = str(path.resolve())
 
 
+def _sources(tree: DictConfig) -> Iterator[str]:
+    """The keys under which sources of data are named, in a list each by itself."""
+    for key in ("data.train", "data.heldout"):
+        given = OmegaConf.select(tree, key)
+        if isinstance(given, ListConfig):
+            for number, source in enumerate(given):
+                yield f"{key}.{number}.path" if isinstance(source, DictConfig) else f"{key}.{number}"
+        else:
+            yield key
+
+
 def _explain(error: ErrorDetails) -> str:
     """One line for one pydantic error: the field as a user writes it, what is wrong, the nearest valid name."""
     # pydantic puts the tag of a choice into the path: reward.rewards.0.exact.foo, learner.objective.grao.beta
-    path = [str(part) for part in error["loc"] if not str(part).endswith("Reward")]
+    path = [str(part) for part in error["loc"] if not str(part).endswith("Reward") and part not in (ONE, SEVERAL)]
     if path[:2] == ["learner", "objective"]:
         del path[2:3]
     label = ".".join("lambda" if part == "lambda_" else part for part in path)
@@ -157,6 +169,9 @@ def _known_beside(location: tuple[int | str, ...]) -> list[str]:
     if "rewards" in location:
         prefix = ".".join(str(part) for part in location[:-1])
         return [f"{prefix}.{name}" for name in _reward_fields(str(location[-2]))]
+    if SEVERAL in location:
+        prefix = ".".join(str(part) for part in location[:-1] if part != SEVERAL)
+        return [f"{prefix}.{name}" for name in DataSource.model_fields]
     if location[:2] == ("learner", "objective"):
         choices = _sections_of(LearnerConfig.model_fields["objective"].annotation)
         tag = str(location[2])

@@ -23,6 +23,11 @@ class ObjectiveBase(Section):
         return False
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether it trains on the reference answers of the data."""
+        return True
+
+    @property
     def needs_start_model(self) -> bool:
         """Whether every step asks the frozen start model for its log-probabilities."""
         return False
@@ -189,6 +194,10 @@ class GrpoObjective(SampledObjective):
     """Divide advantages by the group's standard deviation."""
 
     @property
+    def needs_reference(self) -> bool:
+        return False
+
+    @property
     def needs_start_model(self) -> bool:
         return self.kl > 0
 
@@ -214,6 +223,10 @@ class PpoObjective(SampledObjective):
     """Folder or hub name of the model that the critic starts from, e.g. a trained reward model; empty is model.path."""
     critic_rate: float = Field(default=5.0, gt=0)
     """The critic's learning rate as a multiple of learner.learning_rate."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return False
 
     @property
     def needs_start_model(self) -> bool:

@@ -37,6 +37,11 @@ class RewardBase(Section):
     def label(self) -> str:
         return self.name or getattr(self, "kind")  # noqa: B009 - every subclass has a kind
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it compares answers with the reference answer of the data."""
+        return False
+
 
 class ExactReward(RewardBase):
     """1 if the answer equals the reference after trimming white space (and case, where asked), else 0."""
@@ -44,11 +49,19 @@ class ExactReward(RewardBase):
     kind: Literal["exact"]
     ignore_case: bool = False
 
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
 
 class NumericReward(RewardBase):
     """1 if the answer's result, a number or formula, equals the reference's, else 0; docs/rewards.md has a table."""
 
     kind: Literal["numeric"]
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
 
 
 class RegexReward(RewardBase):
@@ -127,6 +140,10 @@ class JudgeReward(RewardBase):
     """Of all reward workers together, evenly spaced; null sends as fast as max_concurrent allows."""
     max_concurrent: int = Field(default=16, ge=1)
     """Requests in flight from one reward worker."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
 
     @model_validator(mode="after")
     def _consistent(self) -> JudgeReward:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from configs.data import DataConfig as DataConfig
 from configs.objectives import AnyObjective, Correction, GraoObjective, SampledObjective, Section
 from configs.rewards import RewardConfig
 
@@ -45,46 +46,6 @@ class ModelConfig(Section):
             if name in given:
                 raise ValueError(f"'{name}' is set by the run itself; remove it")
         return given
-
-
-class DataConfig(Section):
-    train: str = Field(min_length=1)
-    """File (.jsonl, .jsonl.gz, .parquet) or folder of such files, saved data set folder, hub name
-    ('owner/name[/folder][:config]'), or 'reasoning_gym:<generator>'."""
-    heldout: str | None = None
-    """The same for held-out prompts; null takes the last `heldout_rows` rows of `train` out of training."""
-    split: str = "train"
-    """Split of a hub data set for training."""
-    heldout_split: str = "test"
-    """Split of a hub data set for held-out prompts."""
-    layout: Literal["auto", "dialogue", "preference", "question_answer", "messages", "reasoning_gym"] = "auto"
-    """How a row becomes a prompt and a reference; 'auto' decides by the columns of the first row."""
-    generator: dict[str, Any] = Field(default_factory=dict)
-    """Options of the reasoning-gym generator, e.g. {min_digits: 1}."""
-    rejected: Literal["given", "other_rows"] = "given"
-    """'given' takes what the data hold; 'other_rows', for generated prompts, the answer to another prompt that the
-    generator's verifier scores lower."""
-    system: str | None = None
-    """System message put before every prompt."""
-    train_rows: int | None = Field(default=None, ge=1)
-    """Use at most this many rows for training."""
-    heldout_rows: int = Field(default=64, ge=0)
-    """Prompts that are only evaluated, never trained on."""
-    max_prompt_tokens: int = Field(default=1024, ge=1)
-    """A longer prompt is a bad row."""
-    max_reference_tokens: int = Field(default=1024, ge=1)
-    """A longer reference answer (EOS included) is a bad row."""
-    bad_rows: Literal["skip", "refuse"] = "skip"
-    """'skip' counts and names bad rows; 'refuse' stops before any worker starts."""
-    shuffle: bool = True
-    """Seeded order, new for every pass over the data."""
-
-    @model_validator(mode="after")
-    def _only_generated(self) -> DataConfig:
-        sources = [self.train, *([] if self.heldout is None else [self.heldout])]
-        if self.rejected == "other_rows" and not all(one.startswith("reasoning_gym:") for one in sources):
-            raise ValueError("rejected: other_rows is for generated prompts (reasoning_gym:NAME); set it to given")
-        return self
 
 
 class RolloutConfig(Section):
@@ -301,6 +262,12 @@ class Config(Section):
     def reward_workers(self) -> int:
         """0 where there are no samples to score."""
         return self.reward.workers if self.reward is not None and self.needs_samples else 0
+
+    @property
+    def needs_references(self) -> bool:
+        """Whether every prompt must have a reference answer: for the objective, or for a reward."""
+        rewards = self.reward.rewards if self.reward is not None else ()
+        return self.learner.objective.needs_reference or any(reward.needs_reference for reward in rewards)
 
     @property
     def longest_sequence(self) -> int:

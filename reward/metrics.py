@@ -82,8 +82,12 @@ def nag_by_prompt(post: Sequence[ScoredGroup], pre: Mapping[str, Sequence[float]
 
 
 def against_references(groups: Sequence[ScoredGroup]) -> Rates:
-    """Every sample against the reference answer of its own prompt."""
-    pairs = [(reward, group.reference_reward) for group in groups for reward in group.rewards]
+    """Every sample against the reference answer of its own prompt; prompts without one are left out.
+
+    Raises ValueError where no prompt has one.
+    """
+    answered = [group for group in groups if group.group.prompt.has_reference]
+    pairs = [(reward, group.reference_reward) for group in answered for reward in group.rewards]
     return rates([reward for reward, _ in pairs], [reference for _, reference in pairs])
 
 

@@ -15,13 +15,15 @@ class Breakdown:
     samples: tuple[float, ...]
     """[G]"""
     reference: float
+    """NaN for a prompt without reference."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
     """A group with the total reward of every sample and of the reference answer. All values are finite.
 
-    Training that uses no samples has groups without any; then there are no rewards and `reference_reward` is NaN.
+    Training that uses no samples has groups without any; then there are no rewards. Of these, and of prompts without a
+    reference answer, `reference_reward` is NaN.
     """
 
     group: Group

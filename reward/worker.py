@@ -68,7 +68,9 @@ class RewardWorker:
         return ScoredGroup(
             group=group,
             rewards=tuple(self._total(group.prompt, one) for one in zip(*of_samples, strict=True)),
-            reference_reward=self._total(group.prompt, [one for (one,) in of_reference]),
+            reference_reward=(
+                self._total(group.prompt, [one for (one,) in of_reference]) if group.prompt.has_reference else math.nan
+            ),
             breakdown={
                 scorer.reward.label: Breakdown(samples=found, reference=reference)
                 for scorer, found, (reference,) in zip(self._scorers, of_samples, of_reference, strict=True)
@@ -88,6 +90,9 @@ class RewardWorker:
             await scorer.reward.close()
 
     async def _reference(self, scorer: Scorer, prompt: RewardPrompt) -> tuple[float, ...]:
+        if not prompt.reference_ids:
+            return (math.nan,)
+
         async def compute() -> tuple[float, ...]:
             self._counts.references_computed += 1
             answers: Sequence[Answer] = (reference_answer(prompt),)

@@ -57,14 +57,20 @@ class Prompt:
     text: str
     """The same prompt as text, for samples.jsonl and for rewards."""
     reference_ids: tuple[int, ...]
-    """[R] the reference answer y, ending with the token that ends a turn, at which samples end as well."""
+    """[R] the reference answer y, ending with the token that ends a turn, at which samples end as well; empty where the
+    data has none for this prompt."""
     reference_text: str
-    """The reference answer as the data has it, its thought included."""
+    """The reference answer as the data has it, its thought included; empty where it has none."""
     rejected_ids: tuple[int, ...] | None
     """[J] the rejected answer ending likewise, or None where the data has no such column."""
     rejected_text: str | None
     extra: Mapping[str, Any]
     """Further columns of the row, for rewards (JSON values only)."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the data has a reference answer; only objectives and rewards that need none get prompts without."""
+        return bool(self.reference_ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -107,8 +107,9 @@ def _check(config: Config, models: Sequence[str]) -> list[Prompt]:
         tokenizer = check_model(one, room=1)
         if found is None:
             check_all_rewards(config)
+        needs = config.needs_references
         settings, unusable = check_text(one, tokenizer), partial(unusable_rows, config)
-        prompts = load_prompts(config.data, tokenizer, config.run.seed, settings, unusable)
+        prompts = load_prompts(config.data, tokenizer, config.run.seed, settings, unusable, needs)
         if found is not None and prompts.heldout != found.heldout:
             raise ConfigError(f"model '{path}' turns the prompts into other tokens than '{models[0]}'; compare apart")
         found = prompts
@@ -185,7 +186,7 @@ def record(answered: Answered, index: int) -> dict[str, object]:
         }
         for number, sample in enumerate(scored.group.samples)
     ]
-    reference = {"text": prompt.reference_text, "reward": scored.reference_reward}
+    reference = {"text": prompt.reference_text, "reward": scored.reference_reward} if prompt.has_reference else None
     return {"model": answered.name, "id": prompt.id, "prompt": prompt.text, "reference": reference, "answers": answers}
 
 

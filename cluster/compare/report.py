@@ -67,9 +67,10 @@ def write_report(gathered: Gathered, command: str, out: Path) -> str:
 def _settings(methods: Methods) -> str:
     first = next(iter(methods.values()))[0]
     config = first.config
+    sources = ", ".join(Path(source.path).name for source in config.data.train_sources.values())
     seeds = sorted({one.seed for outcomes in methods.values() for one in outcomes})
     return (
-        f"Model {Path(first.model).name}, data {Path(config.data.train).name}, {first.heldout_prompts} held-out"
+        f"Model {Path(first.model).name}, data {sources}, {first.heldout_prompts} held-out"
         f" prompts, answers to each: {config.evaluation.samples} at temperature {config.evaluation.temperature:g};"
         f" seeds {', '.join(map(str, seeds))}."
     )

@@ -97,12 +97,21 @@ def planned(configs: Sequence[str], overrides: Sequence[str], seeds: int, out: P
 def check_startable(trials: Sequence[Trial]) -> None:
     """What `grao train` would refuse, once for each method that has something to do. Raises ConfigError."""
     waiting = {trial.method: trial for trial in reversed(trials) if trial.state() != "finished"}
+    heldout: dict[str, list[str]] = {}
     for method, trial in waiting.items():
         try:
             for stage in trial.run.stages:
-                preflight(stage.config.with_model(trial.run.model))
+                prompts = preflight(stage.config.with_model(trial.run.model))
+                heldout[method] = [prompt.id for prompt in prompts.heldout]
         except (ConfigError, DataError, RewardError) as error:
             raise ConfigError(f"{method}: {error}") from error
+    first = next(reversed(heldout), "")
+    for method, ids in heldout.items():
+        if ids != heldout[first]:
+            raise ConfigError(
+                f"{method} has {len(ids)} held-out prompts and {first} has {len(heldout[first])}, because only one of"
+                " them needs reference answers; name data.heldout with a reference in every row"
+            )
 
 
 def split(given: Sequence[str]) -> tuple[list[str], list[str]]:

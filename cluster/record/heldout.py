@@ -39,21 +39,25 @@ def by_prompt(
     start: RewardsByPrompt | None = None,
     log_ratios: Sequence[Sequence[float]] | None = None,
 ) -> dict[str, list[float]]:
-    """One value per prompt for every number that has an interval.
+    """One value per prompt for every number that has an interval; against the reference, per prompt that has one.
 
     start: rewards of the start model's answers (None: no NAG). log_ratios: by prompt and answer, the answer's
     log-probability less the start model's (None: no KL).
     """
-    against = [rates(scored.rewards, [scored.reference_reward] * len(scored.rewards)) for scored in groups]
+    against = [
+        rates(scored.rewards, [scored.reference_reward] * len(scored.rewards))
+        for scored in measures.with_reference(groups)
+    ]
     samples = [scored.group.samples for scored in groups]
     found = {
         "reward/mean": [measures.mean(scored.rewards) for scored in groups],
-        "reference/win": [each.win for each in against],
-        "reference/tie": [each.tie for each in against],
-        "reference/loss": [each.loss for each in against],
         "length/mean": [measures.mean(len(sample.token_ids) for sample in each) for each in samples],
         "length/truncated": [measures.mean(sample.finish == "length" for sample in each) for each in samples],
     }
+    if against:
+        found["reference/win"] = [each.win for each in against]
+        found["reference/tie"] = [each.tie for each in against]
+        found["reference/loss"] = [each.loss for each in against]
     if start is not None:
         gains = nag_by_prompt(groups, start)
         found["nag/net"] = [net for _, net in gains]
@@ -107,7 +111,9 @@ def evaluation_record(
     record = {"step": step, "prompts": len(groups), "metrics": metrics, "intervals": intervals}
     if answered:
         record["rewards"] = {scored.group.prompt.id: list(scored.rewards) for scored in groups}
-        record["reference_rewards"] = {scored.group.prompt.id: scored.reference_reward for scored in groups}
+        record["reference_rewards"] = {
+            scored.group.prompt.id: scored.reference_reward for scored in measures.with_reference(groups)
+        }
     return record
 
 

@@ -1,6 +1,7 @@
 """Numbers of one step or one evaluation, computed from records. Pure; names and meanings are in docs/metrics.md.
 
 A number that could not be measured because no row was trained is NaN here; KL is left out where it was not asked for.
+Numbers about references are of the prompts that have one, and left out where none has.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from reward.types import ScoredGroup
 
 
 def rewards(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Distribution of the samples' total rewards, the reference's mean, and the means of each reward."""
+    """Distribution of the samples' total rewards, the references' mean, and the means of each reward."""
+    answered = with_reference(groups)
     values = np.array([reward for group in groups for reward in group.rewards])
     low, middle, high = (float(value) for value in np.quantile(values, (0.25, 0.5, 0.75)))
     measured = {
@@ -26,17 +28,25 @@ def rewards(groups: Sequence[ScoredGroup]) -> dict[str, float]:
         "reward/q25": low,
         "reward/q50": middle,
         "reward/q75": high,
-        "reward/reference_mean": mean(group.reference_reward for group in groups),
+        **({"reward/reference_mean": mean(group.reference_reward for group in answered)} if answered else {}),
     }
     for name in groups[0].breakdown:
         parts = [group.breakdown[name] for group in groups]
         measured[f"reward/{name}/mean"] = mean(value for part in parts for value in part.samples)
-        measured[f"reward/{name}/reference_mean"] = mean(part.reference for part in parts)
+        if answered:
+            measured[f"reward/{name}/reference_mean"] = mean(group.breakdown[name].reference for group in answered)
     return measured
+
+
+def with_reference(groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
+    """The groups whose prompt has a reference answer: all, but for objectives and rewards that need none."""
+    return [group for group in groups if group.group.prompt.has_reference]
 
 
 def against_reference(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     """Shares of samples whose reward is above, equal to and below that of their reference answer."""
+    if not with_reference(groups):
+        return {}
     found = against_references(groups)
     return {"reference/win": found.win, "reference/tie": found.tie, "reference/loss": found.loss}
 
@@ -45,12 +55,13 @@ def lengths(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     """Tokens of prompts, samples and references; share of samples cut at the limit."""
     samples = [sample for group in groups for sample in group.group.samples]
     tokens = [len(sample.token_ids) for sample in samples]
+    references = [len(group.group.prompt.reference_ids) for group in with_reference(groups)]
     return {
         "length/mean": mean(tokens),
         "length/max": float(max(tokens)),
         "length/truncated": mean(sample.finish == "length" for sample in samples),
         "length/prompt_mean": mean(len(group.group.prompt.token_ids) for group in groups),
-        "length/reference_mean": mean(len(group.group.prompt.reference_ids) for group in groups),
+        **({"length/reference_mean": mean(references)} if references else {}),
     }
 
 

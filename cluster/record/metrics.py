@@ -90,7 +90,13 @@ def sample_record(step: int, scored: ScoredGroup, objective: Objective) -> dict[
         "advantage": advantages.reference,
         "tokens": len(prompt.reference_ids),
     }
-    return {"step": step, "id": prompt.id, "prompt": prompt.text, "reference": reference, "answers": answers}
+    return {
+        "step": step,
+        "id": prompt.id,
+        "prompt": prompt.text,
+        "reference": reference if prompt.has_reference else None,
+        "answers": answers,
+    }
 
 
 class MetricsWriter:

@@ -30,7 +30,7 @@ from learner.objectives.build import objective_at
 from learner.objectives.interface import Objective
 from learner.types import RankReport, RowResult
 from reward.types import ScoredGroup
-from rollout.data.prompts import PromptOrder, PromptSet
+from rollout.data.prompts import Order, PromptSet
 from rollout.types import Group, Parameters, Prompt, Sampling
 from rollout.worker import ParametersRefused
 
@@ -205,7 +205,7 @@ class Run:
     folder: RunFolder
     checkpoints: Checkpoints
     prompts: PromptSet
-    order: PromptOrder
+    order: Order
     state: RunState
     """Where training starts."""
     queue: TicketQueue
@@ -331,7 +331,7 @@ async def open_run(
             folder=folder,
             checkpoints=checkpoints,
             prompts=prompts,
-            order=PromptOrder(len(prompts.train), config.run.seed, config.data.shuffle),
+            order=prompts.order(config.run.seed, config.data.shuffle),
             state=state,
             queue=TicketQueue(
                 config.learner.groups_per_step, config.rollout.max_staleness, position.oldest, position.ahead

@@ -14,6 +14,7 @@ from cluster.record.metrics import cut_after, read_lines
 from cluster.record.report import Report
 from cluster.run.checkpoints import Checkpoints
 from cluster.run.driver import train
+from cluster.run.outlook import bad_rows_note
 from cluster.run.parts import open_run
 from cluster.run.preflight import (
     check_all_rewards,
@@ -38,7 +39,8 @@ def preflight(config: Config) -> PromptSet:
     tokenizer = check_model(config)
     check_all_rewards(config)
     settings, unusable = check_text(config, tokenizer), partial(unusable_rows, config)
-    prompts = load_prompts(config.data, tokenizer, config.run.seed, settings, unusable)
+    needs = config.needs_references
+    prompts = load_prompts(config.data, tokenizer, config.run.seed, settings, unusable, needs)
     check_pairs(config, prompts)
     return prompts
 
@@ -82,7 +84,13 @@ def _bad_rows(prompts: PromptSet, folder: RunFolder) -> list[str]:
     if not prompts.skipped:
         return []
     write_whole(folder.skipped, "".join(f"{bad}\n" for bad in prompts.skipped))
-    return [f"{len(prompts.skipped)} rows skipped, e.g. {prompts.skipped[0]}; all are named in {folder.skipped}"]
+    notes = []
+    if prompts.twins:
+        notes.append(f"{len(prompts.twins)} generated prompts that are held out are not trained on")
+    said = bad_rows_note(prompts)
+    if said is not None:
+        notes.append(f"{said}; e.g. {prompts.bad[0]}; all are named in {folder.skipped}")
+    return notes
 
 
 def fresh_state(config: Config, prompts: PromptSet) -> RunState:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rollout.data.layouts import Example, Message
+from rollout.data.fields import Message
+from rollout.data.layouts import Example
 from rollout.data.rows import DataError, RowError, one_line
 from rollout.text.answers import Body, Opening, body_of
 from rollout.text.control import ControlText

@@ -1,36 +1,34 @@
-"""Data set rows to prompts: what is trained on, what is held out, what is skipped and why, and in which order.
+"""Data set rows to prompts: what is trained on, what is held out, what is skipped and why.
 
-rows.py     files, hub, generators -> rows
-layouts.py  row -> conversation, reference answer, rejected answer
-chat.py     conversation -> tokens, by the model's chat template
-here        the checks over the whole data set, and the order
+sources.py    files, hub -> rows          textfiles.py   JSON lines and lists, .csv
+generators.py reasoning-gym -> rows
+fields.py     columns by what they are    layouts.py     row -> conversation, reference answer, rejected answer
+chat.py       conversation -> tokens, by the model's chat template
+order.py      which prompt comes when     parts.py       what is trained on, what is held out
+here          the checks over the whole data set
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import random
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from configs.schema import DataConfig
+from configs.data import DataConfig
 from rollout.data.chat import ChatEncoder, Encoded
-from rollout.data.layouts import LAYOUTS, Example, detect_layout, parse_row
-from rollout.data.rows import GENERATOR, DataError, Row, RowError, generate_rows, generator_seed, read_rows
+from rollout.data.layouts import Example, columns_read, detect_layout, parse_row
+from rollout.data.order import MixedOrder, Order, PromptOrder
+from rollout.data.parts import Part, parts_of
+from rollout.data.rows import DataError, Row, RowError
 from rollout.text.turns import ChatSettings
 from rollout.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["BadRow", "DataError", "PromptOrder", "PromptSet", "load_prompts"]
-
-DEFAULT_GENERATED_ROWS = 1024
-"""Rows of a generator where data.train_rows is null: a generator has no end of its own."""
-
+__all__ = ["BadRow", "DataError", "MixedOrder", "Order", "PromptOrder", "PromptSet", "Source", "load_prompts"]
 
 Unusable = Callable[[Sequence[Prompt]], Mapping[str, str]]
 """Of prompts those that cannot be used, by id, each with the reason."""
@@ -41,13 +39,33 @@ class BadRow:
     """A row that is not used."""
 
     row: int
-    """Number of the row in its source, from 0."""
+    """Number of the row in its source, from 0; blank lines are no rows."""
     reason: str
     source: str = "data.train"
     """The config field that names the source."""
+    expected: bool = False
+    """Whether it is nobody's mistake: a generated prompt that equals a generated held-out one."""
 
     def __str__(self) -> str:
         return f"{self.source}, row {self.row}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What was made of one source of training prompts, or of held-out ones."""
+
+    field: str
+    """The config field that names it: several parts may come from one source."""
+    path: str
+    heldout: bool
+    weight: float | None
+    layout: str
+    columns: Mapping[str, str]
+    """The columns that were read, by what they are, e.g. {'question': 'problem', 'answer': 'solution'}."""
+    unread: tuple[str, ...]
+    """Further columns; rewards find them in `extra`."""
+    rows: int
+    prompts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,39 +73,40 @@ class PromptSet:
     """The prompts of a run."""
 
     train: tuple[Prompt, ...]
-    """In the order of the data; see PromptOrder."""
+    """In the order of the data, one source after the other; see `order`."""
     heldout: tuple[Prompt, ...]
     """Only evaluated. None of them has the tokens of a training prompt."""
     skipped: tuple[BadRow, ...]
+    """Bad rows, and generated prompts that are held out."""
     fingerprint: str
     """Hex digest over ids and tokens of all prompts; equal where a run can be resumed on them."""
+    sources: tuple[Source, ...] = ()
+    """Of training prompts, in the order of `train`, then of held-out ones."""
     notes: tuple[str, ...] = ()
     """What a user should know of how turns end and thoughts were taken; lines."""
 
+    @property
+    def bad(self) -> tuple[BadRow, ...]:
+        """The rows that somebody might mend."""
+        return tuple(row for row in self.skipped if not row.expected)
 
-@dataclass(frozen=True, slots=True)
-class PromptOrder:
-    """Which prompt comes at which position of a run. A pure function, so a resumed run needs only the position.
+    @property
+    def twins(self) -> tuple[BadRow, ...]:
+        """Generated prompts that are held out, which is nobody's mistake."""
+        return tuple(row for row in self.skipped if row.expected)
 
-    Every pass over the data is a new permutation, seeded by (seed, pass); without shuffle it is the data's order.
-    """
+    @property
+    def bad_share(self) -> float:
+        """Bad rows as a share of all rows."""
+        return len(self.bad) / max(1, len(self.train) + len(self.heldout) + len(self.skipped))
 
-    count: int
-    """Prompts in the data, at least 1."""
-    seed: int
-    shuffle: bool
-
-    def at(self, position: int) -> int:
-        """Index in [0, count) of the prompt at a position, which counts from 0 over all passes."""
-        data_pass, place = divmod(position, self.count)
-        return _permutation(self.count, self.seed, data_pass)[place] if self.shuffle else place
-
-
-@functools.lru_cache(maxsize=4)  # the passes in use: at the end of one the next begins
-def _permutation(count: int, seed: int, data_pass: int) -> Sequence[int]:
-    indices = array("q", range(count))
-    random.Random(f"{seed}/{data_pass}").shuffle(indices)
-    return indices
+    def order(self, seed: int, shuffle: bool) -> Order:
+        """Which training prompt comes when."""
+        parts = [source for source in self.sources if not source.heldout]
+        if len(parts) < 2 or any(source.weight is None for source in parts):
+            return PromptOrder(len(self.train), seed, shuffle)
+        counts = tuple(source.prompts for source in parts)
+        return MixedOrder(counts, tuple(source.weight or 0.0 for source in parts), seed, shuffle)
 
 
 def load_prompts(
@@ -96,108 +115,113 @@ def load_prompts(
     seed: int,
     settings: ChatSettings | None = None,
     unusable: Unusable | None = None,
+    needs_references: bool = True,
 ) -> PromptSet:
     """Load, check and tokenise the data of a run; `settings` are the model's, see ChatEncoder. `unusable` says which
     further rows are bad, by prompt id, and why.
 
-    Held out are the first `heldout_rows` rows of data.heldout or the last of data.train. Of a generator they come from
-    a seed of their own that does not follow `seed`: runs with other seeds are measured on the same held-out prompts.
+    Held out are the first `heldout_rows` rows of data.heldout or the last of data.train, of several sources each its
+    share. Of a generator they come from a seed of their own that does not follow `seed`: runs with other seeds are
+    measured on the same held-out prompts. needs_references: whether a row without a reference answer is bad.
     Raises DataError: no such source, layout or generator; all rows bad; a bad row with data.bad_rows 'refuse'; a
     tokenizer without chat template or EOS.
     """
     encoder = ChatEncoder(tokenizer, data.system, settings)
     ids: dict[str, int] = {}
-    train_part, heldout_part = _parts(data, seed)
-    heldout, heldout_bad = _load(heldout_part, data, encoder, ids)
-    train, train_bad = _load(train_part, data, encoder, ids)
-    reasons = {} if unusable is None else unusable((*heldout.values(), *train.values()))
-    heldout_bad += _take_out(heldout_part, heldout, reasons)
-    train_bad += _take_out(train_part, train, reasons)
+    train_parts, heldout_parts = parts_of(data, seed)
+    heldout = [_load(part, data, encoder, ids, needs_references) for part in heldout_parts]
+    train = [_load(part, data, encoder, ids, needs_references) for part in train_parts]
+    reasons = (
+        {} if unusable is None else unusable([one for part in (*heldout, *train) for one in part.prompts.values()])
+    )
+    for part in (*heldout, *train):
+        part.take_out(reasons)
     leaks = _leaks(train, heldout)
-    # Between two runs of one generator equal prompts are nobody's mistake, so there is nothing to refuse.
-    bad = [*heldout_bad, *train_bad, *([] if _both_generated(data) else leaks)]
-    if data.bad_rows == "refuse" and bad:
-        more = f" (and {len(bad) - 1} more bad rows)" if len(bad) > 1 else ""
-        raise DataError(f"{bad[0]}{more}; mend the data or set data.bad_rows: skip")
-    for leak in leaks:
-        del train[leak.row]
-    if not train:
-        raise DataError(f"data.train: no row is left, because {leaks[0]}; name other held-out data")
-    skipped = sorted([*heldout_bad, *train_bad, *leaks], key=lambda row: (row.source, row.row))
-    prompts, held = tuple(train.values()), tuple(heldout.values())
+    bad = [row for part in (*heldout, *train) for row in part.bad]
+    mistakes = [*bad, *(leak for leak in leaks if not leak.expected)]
+    if data.bad_rows == "refuse" and mistakes:
+        more = f" (and {len(mistakes) - 1} more bad rows)" if len(mistakes) > 1 else ""
+        raise DataError(f"{mistakes[0]}{more}; mend the data or set data.bad_rows: skip")
+    for part in train:
+        for leak in leaks:
+            if leak.source == part.part.field:
+                del part.prompts[leak.row]
+        if not part.prompts:
+            first = next(leak for leak in leaks if leak.source == part.part.field)
+            raise DataError(f"{part.part.field}: no row is left, because {first}; name other held-out data")
+    prompts, held = (tuple(one for part in parts for one in part.prompts.values()) for parts in (train, heldout))
     return PromptSet(
         train=prompts,
         heldout=held,
-        skipped=tuple(skipped),
+        skipped=tuple(sorted([*bad, *leaks], key=lambda row: (row.source, row.row))),
         fingerprint=_fingerprint(prompts, held),
+        sources=tuple(part.as_source() for part in (*train, *heldout)),
         notes=encoder.notes(),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Rows for training, or held-out rows."""
+@dataclass(slots=True)
+class _Loaded:
+    """What a part has come to."""
 
-    source: str
-    """The config field that names the source: the last rows of data.train may be held out."""
-    layout: str
-    rows: Mapping[int, Row]
+    part: Part
+    prompts: dict[int, Prompt]
     """By row number."""
+    bad: list[BadRow]
+
+    def take_out(self, reasons: Mapping[str, str]) -> None:
+        """Make prompts with a reason bad rows. Raises DataError where none is left."""
+        bad = [
+            BadRow(row, reasons[prompt.id], self.part.field)
+            for row, prompt in self.prompts.items()
+            if prompt.id in reasons
+        ]
+        for row in bad:
+            del self.prompts[row.row]
+        if bad and not self.prompts:
+            first = f"row {bad[0].row}: {bad[0].reason}"
+            raise DataError(f"{self.part.field}: no row is left of {len(self.part.rows)}; {first}")
+        self.bad += bad
+
+    def as_source(self) -> Source:
+        part = self.part
+        number, prompt = next(iter(self.prompts.items()), (None, None))
+        row = None if number is None else part.rows[number]
+        return Source(
+            field=part.field,
+            path=part.source.path,
+            heldout=part.heldout,
+            weight=part.source.weight,
+            layout=part.layout,
+            columns=columns_read(part.layout, row, part.columns) if isinstance(row, Mapping) else {},
+            unread=() if prompt is None else tuple(prompt.extra),
+            rows=len(part.rows),
+            prompts=len(self.prompts),
+        )
 
 
-def _parts(data: DataConfig, seed: int) -> tuple[_Part, _Part]:
-    """The training and the held-out part."""
-    rows = _read(data, "data.train", data.train, data.split, f"train {seed}", data.train_rows)
-    layout = _layout(data, "data.train", data.train, rows)
-    numbers = range(len(rows))
-    if not data.heldout_rows:
-        heldout = _Part("data.heldout", layout, {})
-    elif data.heldout is None and not data.train.startswith(GENERATOR):
-        if len(rows) <= data.heldout_rows:
-            fix = f"but data.train has {len(rows)} rows; lower it or name data.heldout"
-            raise DataError(f"data.heldout_rows is {data.heldout_rows}, {fix}")
-        numbers = range(len(rows) - data.heldout_rows)
-        heldout = _Part("data.train", layout, {row: rows[row] for row in range(numbers.stop, len(rows))})
-    else:
-        source = data.heldout or data.train
-        other = _read(data, "data.heldout", source, data.heldout_split, "heldout", data.heldout_rows)
-        layout_of_other = _layout(data, "data.heldout", source, other)
-        heldout = _Part("data.heldout", layout_of_other, dict(enumerate(other[: data.heldout_rows])))
-    return _Part("data.train", layout, {row: rows[row] for row in numbers[: data.train_rows]}), heldout
+def _parse(part: Part, row: Row, needs_references: bool) -> Example:
+    """A row in the layout of its source, or, where that is found by the columns and does not fit, in its own."""
+    first: RowError | None = None
+    for layout in _layouts(part, row):
+        try:
+            return parse_row(layout, row, part.columns, needs_references)
+        except RowError as error:
+            first = first or error
+    assert first is not None, "there is at least one layout"
+    raise first
 
 
-def _read(data: DataConfig, field: str, source: str, split: str, part: str, count: int | None) -> list[Row]:
-    if not source.startswith(GENERATOR):
-        return read_rows(field, source, split)
-    count = count or DEFAULT_GENERATED_ROWS
-    worse = data.rejected == "other_rows"
-    return generate_rows(field, source, data.generator, generator_seed(part), count, worse)
+def _layouts(part: Part, row: Row) -> Iterator[str]:
+    yield part.layout
+    if part.source.layout == "auto" and not part.source.generated and not isinstance(row, RowError):
+        own = detect_layout(row, part.columns)
+        if own is not None and own != part.layout:
+            yield own
 
 
-def _both_generated(data: DataConfig) -> bool:
-    return data.train.startswith(GENERATOR) and (data.heldout or data.train).startswith(GENERATOR)
-
-
-def _layout(data: DataConfig, field: str, source: str, rows: Sequence[Row]) -> str:
-    """The layout of the config, or the one that fits the first row which fits any. Raises DataError."""
-    if source.startswith(GENERATOR):
-        return "reasoning_gym"
-    if data.layout != "auto":
-        return data.layout
-    readable = [row for row in rows if not isinstance(row, RowError)]
-    found = next((layout for layout in map(detect_layout, readable) if layout is not None), None)
-    if found is None and readable:
-        known = "; ".join(f"{name}: {', '.join(sorted(used - {'id'}))}" for name, (_, used) in LAYOUTS.items() if used)
-        raise DataError(f"{field}: columns {', '.join(readable[0])} fit no layout ({known}); rename them")
-    if found is None:
-        raise DataError(f"{field}: all {len(rows)} rows are bad; row 0: {rows[0]}")
-    return found
-
-
-def _load(
-    part: _Part, data: DataConfig, encoder: ChatEncoder, ids: dict[str, int]
-) -> tuple[dict[int, Prompt], list[BadRow]]:
-    """The prompts of a part by row number, and its bad rows.
+def _load(part: Part, data: DataConfig, encoder: ChatEncoder, ids: dict[str, int], needs_references: bool) -> _Loaded:
+    """The prompts of a part, and its bad rows.
 
     ids: the rows of the ids that are taken; the part's are added. Raises DataError where there are only bad rows.
     """
@@ -205,8 +229,8 @@ def _load(
     reasons: dict[int, str] = {}
     for number, row in part.rows.items():
         try:
-            example = parse_row(part.layout, row)
-            examples[number] = _take_id(part.source, number, example, ids), example
+            example = _parse(part, row, needs_references)
+            examples[number] = _take_id(part.field, number, example, ids), example
         except RowError as error:
             reasons[number] = str(error)
     prompts: dict[int, Prompt] = {}
@@ -217,26 +241,17 @@ def _load(
             reasons[number] = str(reason)
         else:
             prompts[number] = _prompt(name, example, result)
-    bad = [BadRow(number, reasons[number], part.source) for number in sorted(reasons)]
+    bad = [BadRow(number, reasons[number], part.field) for number in sorted(reasons)]
     if bad and not prompts:
-        raise DataError(f"{part.source}: all {len(part.rows)} rows are bad; row {bad[0].row}: {bad[0].reason}")
-    return prompts, bad
-
-
-def _take_out(part: _Part, prompts: dict[int, Prompt], reasons: Mapping[str, str]) -> list[BadRow]:
-    """Takes rows with a reason out of a part's prompts and returns them. Raises DataError where none is left."""
-    bad = [BadRow(row, reasons[prompt.id], part.source) for row, prompt in prompts.items() if prompt.id in reasons]
-    for row in bad:
-        del prompts[row.row]
-    if bad and not prompts:
-        raise DataError(f"{part.source}: no row is left of {len(part.rows)}; row {bad[0].row}: {bad[0].reason}")
-    return bad
+        which = "rows held out" if part.heldout and part.field.startswith("data.train") else "rows"
+        raise DataError(f"{part.field}: all {len(part.rows)} {which} are bad; row {bad[0].row}: {bad[0].reason}")
+    return _Loaded(part, prompts, bad)
 
 
 def _take_id(source: str, number: int, example: Example, ids: dict[str, int]) -> str:
     name = f"{source.removeprefix('data.')}-{number if example.key is None else example.key}"
     if name in ids:
-        raise RowError(f"its id is that of row {ids[name]}")
+        raise RowError(f"its id is that of row {ids[name]}; mend it, or set data.columns: {{id: null}} to read no ids")
     ids[name] = number
     return name
 
@@ -258,21 +273,28 @@ def _prompt(name: str, example: Example, encoded: Encoded) -> Prompt:
         token_ids=encoded.token_ids,
         text=encoded.text,
         reference_ids=encoded.reference_ids,
-        reference_text=example.answer,
+        reference_text=example.answer or "",
         rejected_ids=encoded.rejected_ids,
         rejected_text=example.rejected,
         extra=example.extra,
     )
 
 
-def _leaks(train: Mapping[int, Prompt], heldout: Mapping[int, Prompt]) -> list[BadRow]:
-    """Training rows whose prompt is held out."""
-    held = {prompt.token_ids: prompt.id for prompt in heldout.values()}
-    return [
-        BadRow(row, f"its prompt equals held-out prompt {held[prompt.token_ids]}")
-        for row, prompt in train.items()
-        if prompt.token_ids in held
-    ]
+def _leaks(train: Sequence[_Loaded], heldout: Sequence[_Loaded]) -> list[BadRow]:
+    """Training rows whose prompt is held out. Between two runs of generators that is nobody's mistake."""
+    held = {
+        prompt.token_ids: (prompt.id, loaded.part.source.generated)
+        for loaded in heldout
+        for prompt in loaded.prompts.values()
+    }
+    leaks = []
+    for loaded in train:
+        for row, prompt in loaded.prompts.items():
+            if prompt.token_ids in held:
+                name, generated = held[prompt.token_ids]
+                reason = f"its prompt equals held-out prompt {name}"
+                leaks.append(BadRow(row, reason, loaded.part.field, loaded.part.source.generated and generated))
+    return leaks
 
 
 def _fingerprint(*parts: Iterable[Prompt]) -> str:

@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "reward.trial",
         "reward.worker",
         "reward.metrics",
+        "reward.trial",
         "learner.types",
         "learner.worker",
         "learner.packing",
@@ -49,7 +50,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("attention", "objectives", "packing", "wire", "schedule"),
         ("types", "errors"),
     ),
-    "cluster": (("main",), ("errors",), ("compare",), ("run",), ("record", "workers"), ("bundled",)),
+    "cluster": (("main",), ("errors", "check"), ("compare",), ("run",), ("record", "workers"), ("bundled",)),
 }
 ONLY_IN = {
     "vllm": {"rollout/engine/engine.py", "rollout/engine/receiver.py", "learner/wire/publisher.py"},

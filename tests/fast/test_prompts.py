@@ -21,9 +21,11 @@ TOKENIZER = tiny.tokenizer()
 QA = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(6)]
 
 
-def load(train: object, seed: int = 0, **fields: Any) -> PromptSet:
+def load(train: object, seed: int = 0, needs_references: bool = True, **fields: Any) -> PromptSet:
     wide = {"heldout_rows": 0, "max_prompt_tokens": 4000, "max_reference_tokens": 4000}
-    return load_prompts(DataConfig(train=str(train), **{**wide, **fields}), TOKENIZER, seed)
+    return load_prompts(
+        DataConfig(train=str(train), **{**wide, **fields}), TOKENIZER, seed, needs_references=needs_references
+    )
 
 
 @pytest.fixture
@@ -151,18 +153,30 @@ BAD: list[tuple[object, str]] = [
     ({"question": "a", "answer": " \n"}, "field 'answer' is empty"),
     ({"question": "", "answer": "b"}, "field 'question' is empty"),
     ({"question": "a", "answer": None}, "field 'answer' is null"),
-    ({"question": "a", "answer": 3}, "field 'answer' is a int, not text"),
-    ({"question": ["a"], "answer": "b"}, "field 'question' is a list, not text"),
+    ({"question": "a", "answer": float("nan")}, "field 'answer' is null"),
+    (
+        {"question": "a", "answer": {"x": 1}},
+        "field 'answer' is an object with x, not text; name what is meant by data.columns: {answer: answer.x}",
+    ),
+    ({"question": "a", "answer": ["b", "c"]}, "field 'answer' is a list of 2 answers, and a reference is one; choose"),
+    ({"question": "a", "answer": []}, "field 'answer' is a list, not text"),
+    ({"question": 3, "answer": "b"}, "field 'question' is the number 3, not text"),
+    ({"question": ["a", "b"], "answer": "b"}, "field 'question' is a list of 2 texts that does not say who speaks"),
     ({"question": "a"}, "field 'answer' is missing; the row has question"),
+    (
+        {"question": "a", "gold_answer": "b"},
+        "field 'answer' is missing; the row has question, gold_answer; did you mean data.columns: {answer: gold_answ",
+    ),
     ({"question": "a", "answer": "\ud800b"}, "character 0 of field 'answer' is not valid Unicode"),
-    ({"question": "a", "answer": "b", "note": "\udfff"}, "character 0 of a value is not valid Unicode"),
     ({"question": "a", "answer": "stop <|end|> here"}, "an answer contains the EOS token '<|end|>'"),
     ({"question": "a" * 99 + "b" * 99, "answer": "b"}, "the prompt has 201 tokens, above data.max_prompt_tokens"),
     ({"question": "a", "answer": "9" * 60}, "the reference has 61 tokens, above data.max_reference_tokens"),
     ({"question": "a", "answer": "b", "id": 7}, "its id is that of row 1"),
     ([1, 2], "the line holds a list, not an object"),
     ("{broken", "the line is not valid JSON (JSONDecodeError: Expecting property name enclosed in double quotes"),
-    ("", "the line is not valid JSON (JSONDecodeError: Expecting value"),
+    ('{"question": "a", "answer": "b"},', "the line is not valid JSON (it ends with a comma; one object a line needs"),
+    ('{"question": "a", "answer": "b",}', "the line is not valid JSON (there is a comma before a closing bracket"),
+    ("{'question': 'a', 'answer': 'b'}", "the line is not valid JSON (it is Python, not JSON: names and texts"),
     ("[" * 100_000, "the line is not valid JSON (RecursionError"),
 ]
 
@@ -206,23 +220,36 @@ def test_only_bad_rows_is_an_error(lines: Callable[..., Path]) -> None:
     [
         ("{tmp}/trian.jsonl", "data.train: '{tmp}/trian.jsonl' does not exist; did you mean 'train.jsonl'?"),
         ("{tmp}/none/x.parquet", "data.train: '{tmp}/none/x.parquet' does not exist"),
-        ("{tmp}/rows.csv", "is of no known kind; use a file that ends in .jsonl, .jsonl.gz, .parquet"),
+        ("{tmp}/rows.xlsx", "is of no known kind; use a file that ends in .jsonl, .jsonl.gz, .ndjson, "),
+        ("{tmp}/wide.csv", "data.train: all 1 rows are bad; row 0: it has 3 values, the first line names 2"),
+        (
+            "{tmp}/columns.json",
+            "'{tmp}/columns.json' holds an object with 'question', 'answer'; write its rows as a li",
+        ),
+        ("{tmp}/utf16.jsonl", "data.train: '{tmp}/utf16.jsonl' is UTF-16; write it as UTF-8"),
         ("{tmp}/empty.jsonl", "data.train: '{tmp}/empty.jsonl' has no rows"),
         ("{tmp}/torn.jsonl.gz", "cannot be read (EOFError"),
         ("{tmp}/plain.jsonl.gz", "cannot be read (BadGzipFile"),
-        ("{tmp}/bad.parquet", "data.train: '{tmp}/bad.parquet': split 'train' cannot be loaded: "),
+        ("{tmp}/bad.parquet", "data.train: '{tmp}/bad.parquet' cannot be read (ArrowInvalid: "),
         ("{tmp}/folder", "data.train: '{tmp}/folder': split 'train' cannot be loaded: "),
         (
             "nobody/nothing-here",
             "'nobody/nothing-here' is no file or folder here, and on the hub split 'train' cannot be",
         ),
-        ("{tmp}/train.jsonl", "data.train: columns a, b fit no layout (dialogue: chosen, rejected; preference: "),
+        (
+            "{tmp}/train.jsonl",
+            "data.train: columns Task, my_answer fit no layout; say which column is what by data.columns: {{question:"
+            " ..., answer: my_answer}} (all layouts: docs/data.md)",
+        ),
         ("reasoning_gym:chain_sums", "reasoning-gym has no generator 'chain_sums'; did you mean 'chain_sum'?"),
     ],
 )
 def test_a_source_that_cannot_be_used_is_refused_in_one_line(source: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_text('{"a": 1, "b": 2}\n')
-    (tmp_path / "rows.csv").write_text("question,answer\n")
+    (tmp_path / "train.jsonl").write_text('{"Task": 1, "my_answer": 2}\n')
+    (tmp_path / "rows.xlsx").write_text("question,answer\n")
+    (tmp_path / "wide.csv").write_text("question,answer\na,b,c\n")
+    (tmp_path / "columns.json").write_text('{"question": {"0": "a"},\n "answer": {"0": "b"}}\n')
+    (tmp_path / "utf16.jsonl").write_text('{"question": "a", "answer": "b"}\n', encoding="utf-16")
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(b"x" * 99)[:-9])
     (tmp_path / "plain.jsonl.gz").write_text("{}")
@@ -326,17 +353,33 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=5,
 )
-messages = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": st.text()}))
+content = (
+    st.text() | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": st.text()}), max_size=2) | st.none()
+)
+roles = st.sampled_from(["user", "assistant", "human", "gpt", "system", "tool"])
+messages = st.lists(
+    st.fixed_dictionaries({"role": roles, "content": content})
+    | st.fixed_dictionaries({"from": roles, "value": content})
+)
 transcripts = st.lists(st.sampled_from(["\n\nHuman: ", "\n\nAssistant: ", "a", "\n"])).map("".join)
 fields = {
     "question": st.text(max_size=8) | json_values,
-    "answer": st.text(max_size=8),
+    "answer": st.text(max_size=8) | json_values,
     "prompt": st.text() | messages,
     "chosen": transcripts | messages | json_values,
     "rejected": transcripts | messages,
     "messages": messages | json_values,
     "reference": st.text(max_size=8),
     "metadata": json_values,
+    "conversations": messages | json_values,
+    "instruction": st.text(max_size=8) | json_values,
+    "input": st.text(max_size=8) | json_values,
+    "completion": st.text(max_size=8) | messages,
+    "label": json_values,
+    "solution": json_values,
+    "history": json_values | st.lists(st.lists(st.text(), min_size=2, max_size=2), max_size=2),
+    "reward_model": st.fixed_dictionaries({"ground_truth": json_values}),
+    "system": json_values,
     "id": json_values,
     "other": json_values,
 }
@@ -348,26 +391,30 @@ one_row = likely_good | st.fixed_dictionaries({}, optional=fields) | json_values
 rows_of_any_kind = st.lists(one_row, min_size=1, max_size=6)
 
 
-@given(rows=rows_of_any_kind, held=st.booleans())
-@example(rows=[{"\r": None}], held=False)
-@example(rows=[{"question": "?", "answer": "!", "id": "a\u2028b"}] * 2, held=False)
+@given(rows=rows_of_any_kind, held=st.booleans(), needs=st.booleans())
+@example(rows=[{"\r": None}], held=False, needs=True)
+@example(rows=[{"question": "?", "answer": "!", "id": "a\u2028b"}] * 2, held=False, needs=True)
 def test_any_rows_give_prompts_or_one_line(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], held: bool
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], held: bool, needs: bool
 ) -> None:
     path = tmp_path_factory.mktemp("any") / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     try:
-        prompts = load(path, heldout_rows=int(held))
+        prompts = load(path, heldout_rows=int(held), needs_references=needs)
     except DataError as error:
         assert str(error).startswith("data.")  # noqa: PT017 - either outcome is right
         assert len(str(error).splitlines()) == 1  # noqa: PT017
+        assert "cannot read it" not in str(error)  # noqa: PT017
         return
+    assert not any("cannot read it" in bad.reason for bad in prompts.skipped), "an error that no layout foresees"
     everything = (*prompts.train, *prompts.heldout)
     assert len(everything) + len(prompts.skipped) == len(rows)
     assert len({prompt.id for prompt in everything}) == len(everything)
     for prompt in everything:
-        assert prompt.reference_text.strip()
-        assert prompt.reference_ids.index(0) == len(prompt.reference_ids) - 1
+        assert prompt.has_reference == bool(prompt.reference_text.strip())
+        assert prompt.has_reference or not needs
+        if prompt.has_reference:
+            assert prompt.reference_ids.index(0) == len(prompt.reference_ids) - 1
         json.dumps(prompt.extra, allow_nan=False).encode()
 
 
