@@ -14,7 +14,7 @@ from cluster.record.report import Report
 from cluster.run.checkpoints import Checkpoints
 from cluster.run.driver import train
 from cluster.run.parts import open_run
-from cluster.run.preflight import check_all_rewards, check_folder, check_model, check_pairs
+from cluster.run.preflight import check_all_rewards, check_folder, check_learner, check_model, check_pairs
 from cluster.run.queue import Position
 from cluster.run.signals import cancel_on_signals
 from cluster.run.state import RunState, check_data, compare
@@ -24,9 +24,13 @@ from rollout.data.prompts import PromptSet, load_prompts
 
 
 def preflight(config: Config) -> PromptSet:
-    """Everything that can be refused before a worker starts. Raises ConfigError, DataError or RewardError."""
+    """Everything that can be refused before a worker starts.
+
+    Raises ConfigError, DataError, LearnerError or RewardError.
+    """
     check_folder(config)
     tokenizer = check_model(config)
+    check_learner(config)
     check_all_rewards(config)
     prompts = load_prompts(config.data, tokenizer, config.run.seed)
     check_pairs(config, prompts)

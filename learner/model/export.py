@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import shutil
@@ -71,10 +72,18 @@ def write_weights(
 
 
 def write_description(folder: str, hf: Any, model: ModelConfig) -> None:
-    """Config, generation config and tokenizer with its chat template; the model's own code where it is trusted."""
+    """Config, generation config and tokenizer with its chat template; the model's own code where it is trusted.
+
+    The config's dropout is the model's own again, for whoever trains it next.
+    """
     from transformers import AutoTokenizer
 
-    hf.config.save_pretrained(folder)
+    from learner.model.loading import config_of, dropouts
+
+    config = copy.deepcopy(hf.config)
+    for name, value in dropouts(config_of(model.path, model.trust_remote_code)[0]).items():
+        setattr(config.get_text_config(), name, value)
+    config.save_pretrained(folder)
     if hf.can_generate() and hf.generation_config is not None:
         # not save_pretrained: that refuses a config which the model came with and which every engine reads
         hf.generation_config.to_json_file(Path(folder) / "generation_config.json")

@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "reward.model",
         "reward.worker",
         "reward.metrics",
+        "learner.preflight",
         "learner.types",
         "learner.worker",
         "learner.packing",
@@ -39,7 +40,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "rollout": (("worker",), ("data", "engine"), ("types", "errors", "seeds", "ports", "abandoned")),
     "learner": (
-        ("worker",),
+        ("worker", "preflight"),
         ("passes",),
         ("zero", "results"),
         ("model",),
