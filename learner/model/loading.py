@@ -150,6 +150,20 @@ def config_of(path: str, trust_remote_code: bool) -> tuple[PretrainedConfig, boo
     return config, own_code
 
 
+def decoder_of(hf: PreTrainedModel) -> nn.Module:
+    """The part of a language model that computes hidden states from tokens. Raises ModelError where none is known."""
+    found: Any = hf.get_decoder()
+    while found is hf or (isinstance(found, PreTrainedModel) and found.get_output_embeddings() is not None):
+        inner = [child for child in found.children() if isinstance(child, PreTrainedModel)]
+        if len(inner) != 1:
+            raise ModelError(
+                f"model.path: {hf.config.model_type} has no part of its own that decodes; use another model"
+            )
+        found = inner[0]
+    decoder: nn.Module = found
+    return decoder
+
+
 def dropouts(config: PretrainedConfig) -> dict[str, float]:
     """Every dropout of a Hugging Face config by its name there."""
     settings = config.get_text_config().to_dict()
@@ -165,7 +179,7 @@ def _asks_for_attention(hf: PreTrainedModel) -> bool:
     """Whether the model's code asks transformers for its attention function and hands keywords through to it."""
     takes_any = (
         any(one.kind is one.VAR_KEYWORD for one in inspect.signature(module.forward).parameters.values())
-        for module in (hf.base_model, hf.get_decoder())
+        for module in (hf.base_model, decoder_of(hf))
     )
     return bool(hf.is_backend_compatible()) and all(takes_any)
 

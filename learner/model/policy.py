@@ -29,6 +29,7 @@ from learner.model.loading import (
     Dividing,
     Loaded,
     checkpoint_activations,
+    decoder_of,
     load,
     outline,
     reached_of,
@@ -38,6 +39,8 @@ from learner.model.loading import (
 )
 from learner.types import MicroBatch
 
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What families call the bound of their logits in their configs."""
 LONGEST_TRIAL = 128
 """Tokens of the longest row of the first forward passes."""
 
@@ -246,7 +249,7 @@ class PolicyModel(PackedModel[HeadOutput]):
         """
         head = self.hf.get_output_embeddings()
         # some decoders add up their layers in float32 and end in it; such models cast for their head
-        hidden = self.hidden(self.hf.get_decoder(), tensors).to(self.hf.dtype)
+        hidden = self.hidden(decoder_of(self.hf), tensors).to(self.hf.dtype)
         return head(hidden, tensors.targets, tensors.weights, loss_temperature, rollout_temperature, chunk, weigh)
 
     def observe(self, tensors: MicroBatchTensors) -> torch.Tensor:
@@ -282,12 +285,6 @@ def outline_of_policy(
     return _policy(outline(source), activation_checkpointing)
 
 
-def decoder_of(hf: PreTrainedModel) -> nn.Module:
-    """The part of a language model that computes hidden states from tokens."""
-    found: nn.Module = hf.get_decoder()
-    return found
-
-
 def _policy(loaded: Loaded, activation_checkpointing: bool, reached: frozenset[str] = frozenset()) -> PolicyModel:
     hf = loaded.hf
     if not isinstance(hf.get_output_embeddings(), nn.Linear):
@@ -304,7 +301,8 @@ def _logit_options(config: PretrainedConfig) -> tuple[float, float | None]:
     """(scale, softcap) that the model applies to its head's output, by the names families use for them."""
     settings = config.get_text_config().to_dict()
     scale = (settings.get("logit_scale") or 1.0) / (settings.get("logits_scaling") or 1.0)
-    return float(scale), settings.get("final_logit_softcapping")
+    caps = (settings.get(name) for name in SOFT_CAPS)
+    return float(scale), next((float(cap) for cap in caps if cap is not None), None)
 
 
 class _Decoded:
@@ -336,8 +334,8 @@ def _check_logits(hf: PreTrainedModel, scale: float, softcap: float | None) -> N
         return logits.clone()
 
     stand_ins: list[tuple[nn.Module, Callable[..., Any]]] = [(hf.get_output_embeddings(), head_forward)]
-    # some families without a prefix for their decoder call the whole model their base
-    stand_ins += [(one, lambda *_, **__: _Decoded(hidden)) for one in {hf.base_model, hf.get_decoder()} - {hf}]
+    # some families have no name for their base, and then give the whole model
+    stand_ins += [(one, lambda *_, **__: _Decoded(hidden)) for one in {hf.base_model, decoder_of(hf)} - {hf}]
     for module, forward in stand_ins:
         module.forward = forward
     try:
