@@ -54,8 +54,12 @@ class LearnerRank:
         rollout: RolloutConfig,
         device: Literal["cpu", "gpu"],
         seed: int,
+        longest_sequence: int | None = None,
     ) -> None:
+        """`longest_sequence` counts the tokens of prompt and answer together, as an engine gets it; None for the
+        engine's own choice."""
         self._model, self._learner, self._rollout = model, learner, rollout
+        self._longest = longest_sequence
         self._objective = objective_at(1, learner, rollout)
         self._device, self._seed = device, seed
         self._rank, self._world, self._secret = 0, 1, ""
@@ -86,7 +90,7 @@ class LearnerRank:
         from learner.zero.engine import ZeroEngine
 
         self._rank, self._world, self._secret = rank, world, secret
-        self._engine = ZeroEngine(self._model, self._learner, self._device)
+        self._engine = ZeroEngine(self._model, self._learner, self._device, self._longest)
         parameters = self._engine.start(rank, world, local_rank, address, port, self._seed)
         self._parts = checkpoint_parts(self._engine.model.hf, self._engine.model.shares())
         if self._learner.transport == "shared_memory":
@@ -325,8 +329,7 @@ class LearnerRank:
             export.write_weights(folder, as_parts(specs, self._parts), gathered, constants(hf))
             export.write_description(folder, hf, self._model)
         else:
-            for _ in gathered:
-                pass
+            assert not list(gathered), "ranks but the first only take part"
         self._engine.barrier()
 
     def close(self) -> None:

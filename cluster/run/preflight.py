@@ -12,6 +12,7 @@ from typing import Any
 from configs.hub import split_revision
 from configs.load import ConfigError
 from configs.schema import Config
+from learner.preflight import check_trainable, longest_sequence_of
 from reward.model import check_reward_models
 from reward.references import unusable_references
 from reward.worker import check_rewards
@@ -54,8 +55,8 @@ def check_model(config: Config, room: int = 0) -> Any:
         tokenizer = load_tokenizer(path, trust)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model.path '{path}' cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    longest = model.get_text_config().max_position_embeddings
-    if config.longest_sequence + room > longest:
+    longest = longest_sequence_of(model.get_text_config().to_dict())
+    if longest is not None and config.longest_sequence + room > longest:
         raise ConfigError(
             f"data.max_prompt_tokens + the longest answer is {config.longest_sequence} tokens, the model takes"
             f" {longest - room}; lower data.max_prompt_tokens, rollout.max_new_tokens or data.max_reference_tokens"
@@ -94,6 +95,15 @@ def check_text(config: Config, tokenizer: Any) -> ChatSettings:
         " models that this run exports, by PreTrainedTokenizerFast"
     )
     return replace(settings, notes=(note,))
+
+
+def check_learner(config: Config) -> None:
+    """Refuse a model that the learner cannot train; after check_model. Raises ConfigError or LearnerError."""
+    try:
+        check_trainable(config.model, config.learner, config.longest_sequence)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ConfigError(f"model.path '{config.model.path}' cannot be built by transformers: {why}") from error
 
 
 def check_all_rewards(config: Config) -> None:

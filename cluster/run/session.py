@@ -19,6 +19,7 @@ from cluster.run.parts import open_run
 from cluster.run.preflight import (
     check_all_rewards,
     check_folder,
+    check_learner,
     check_model,
     check_pairs,
     check_text,
@@ -34,9 +35,13 @@ from rollout.data.prompts import PromptSet, load_prompts
 
 
 def preflight(config: Config) -> PromptSet:
-    """Everything that can be refused before a worker starts. Raises ConfigError, DataError or RewardError."""
+    """Everything that can be refused before a worker starts.
+
+    Raises ConfigError, DataError, LearnerError or RewardError.
+    """
     check_folder(config)
     tokenizer = check_model(config)
+    check_learner(config)
     check_all_rewards(config)
     settings, unusable = check_text(config, tokenizer), partial(unusable_rows, config)
     needs = config.needs_references

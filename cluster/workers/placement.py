@@ -131,7 +131,14 @@ class Cluster:
             )
         )
         return RemoteRank(
-            actor.remote(config.model, config.learner, config.rollout, config.cluster.device, config.run.seed)
+            actor.remote(
+                config.model,
+                config.learner,
+                config.rollout,
+                config.cluster.device,
+                config.run.seed,
+                self._longest_sequence,
+            )
         )
 
     def _connect(self) -> None:

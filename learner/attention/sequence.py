@@ -86,3 +86,11 @@ def check_heads(config: PretrainedConfig, size: int) -> None:
             f"learner.sequence_ranks is {size}, but {config.model_type} has {heads} attention heads and {shared} for"
             " keys and values, which so many ranks cannot share evenly; choose a divisor"
         )
+
+
+def check_sharing(size: int, why_separate: str | None) -> None:
+    """Raises LearnerError where a model, named at the beginning of `why_separate`, computes each sequence by itself."""
+    if why_separate is not None:
+        raise LearnerError(
+            f"learner.sequence_ranks is {size}, but {why_separate}, so each sequence is computed by itself; set it to 1"
+        )

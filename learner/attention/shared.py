@@ -110,9 +110,10 @@ def attend(
     own_mask = attention_mask is not None and attention_mask.dim() > 0
     if unknown or own_mask or is_causal is False:
         what = ", ".join(unknown) or ("a mask of its own" if own_mask else "attention that is not causal")
-        raise ModelError(f"{name} asks for {what}, which the shared-prompt attention does not do; use another model")
+        raise ModelError(f"{name} asks for {what}, which the shared-prompt attention does not do")
     window = sliding_window if attention_mask is None else int(attention_mask)
-    return shared_map.attend(query, key, value, window, scaling), None
+    # as transformers' own functions give it: some families' code views it as another shape
+    return shared_map.attend(query, key, value, window, scaling).contiguous(), None
 
 
 def _window_only(

@@ -87,3 +87,12 @@ def blocks_of_separate_experts(model: nn.Module) -> set[type[nn.Module]]:
     """
     lists = (nn.ModuleList, nn.ModuleDict)
     return {type(module) for module in model.modules() if isinstance(getattr(module, "experts", None), lists)}
+
+
+def routes_tokens(model: nn.Module) -> bool:
+    """Whether a model sends tokens to experts, by the names of its modules' classes.
+
+    How many tokens an expert gets changes the shape of its products, and with it their rounding for each token.
+    """
+    names = {type(module).__name__.lower() for module in model.modules()}
+    return any("expert" in name or "moe" in name for name in names)

@@ -76,10 +76,16 @@ def write_weights(
 def write_description(folder: str, hf: Any, model: ModelConfig) -> None:
     """Config, generation config and tokenizer with its chat template; the model's own code where it is trusted.
 
-    Whoever reads the generation config stops where training's references and samples have ended.
+    Whoever reads the generation config stops where training's references and samples have ended. The config's dropout
+    is the model's own again, for whoever trains it next.
     """
+    from learner.model.loading import config_of, dropouts
+
     tokenizer = load_tokenizer(model.path, model.trust_remote_code)
-    hf.config.save_pretrained(folder)
+    config = copy.deepcopy(hf.config)
+    for name, value in dropouts(config_of(model.path, model.trust_remote_code)[0]).items():
+        setattr(config.get_text_config(), name, value)
+    config.save_pretrained(folder)
     if hf.can_generate() and hf.generation_config is not None:
         generation = copy.deepcopy(hf.generation_config)
         ends = () if template_of(tokenizer) is None else stop_ids(tokenizer, chat_settings(model))

@@ -5,29 +5,44 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from configs.hub import split_revision
 from configs.schema import AttentionKernel, Dtype
 from learner.attention.padded import PaddedMap, padded_map
 from learner.attention.sequence import SequenceGroup
-from learner.attention.shared import NAME, ModelError, SharedMap, refuse_later_tokens, shared_map, why_separate
+from learner.attention.shared import ModelError, SharedMap, shared_map
+from learner.model.buffers import check
+from learner.model.experts import routes_tokens
 from learner.model.head import HeadOutput, LossHead, Weigh
-from learner.packing import plan
-from learner.types import MicroBatch, Row
+from learner.model.isolation import fault, trial
+from learner.model.lengths import longest_sequence_of
+from learner.model.loading import TORCH_DTYPE as TORCH_DTYPE
+from learner.model.loading import (
+    Dividing,
+    Loaded,
+    checkpoint_activations,
+    decoder_of,
+    load,
+    outline,
+    reached_of,
+    refuse_absent,
+    source_of,
+    whole,
+)
+from learner.types import MicroBatch
 
-TORCH_DTYPE: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ISOLATION_TOLERANCE: dict[torch.dtype, float] = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-"""Largest difference of a log-probability that rounding may make; a leak between answers makes more."""
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What families call the bound of their logits in their configs."""
+LONGEST_TRIAL = 128
+"""Tokens of the longest row of the first forward passes."""
 
 Out = TypeVar("Out")
 """A named tuple of tensors with the field `loss`."""
@@ -98,21 +113,37 @@ def to_tensors(
     )
 
 
+def _nothing() -> None:
+    pass
+
+
 class PackedModel(nn.Module, Generic[Out]):
     """A model over packed micro-batches: `forward` takes a micro-batch and gives `Out`.
 
     `hf` is the Hugging Face model, under its own state-dict names (here they have 'hf.' before them).
     """
 
-    def __init__(self, hf: PreTrainedModel, why_separate: str | None) -> None:
+    observed = "numbers"
+    """What `observe` gives, in words."""
+
+    def __init__(self, loaded: Loaded, head: nn.Module, reached: frozenset[str]) -> None:
+        """`head` makes of the hidden states what the model gives; these depend on the parameters named in `reached`."""
         super().__init__()
-        self.hf = hf
-        self.why_separate = why_separate
+        self.hf = loaded.hf
+        self.why_separate = loaded.why_separate
         """Why each sequence is computed by itself; None where a group's rows share their prompt."""
+        self._wanted, self._longest = loaded.wanted, loaded.longest
+        names = {id(parameter): name for name, parameter in self.hf.named_parameters()}
+        self._reached = reached | {names[id(parameter)] for parameter in head.parameters()}
 
     @property
     def shares_prompts(self) -> bool:
         return self.why_separate is None
+
+    @property
+    def why_separate_with_type(self) -> str | None:
+        """The same after the model's type."""
+        return None if self.why_separate is None else f"{self.hf.config.model_type} {self.why_separate}"
 
     def hidden(self, decoder: nn.Module, tensors: MicroBatchTensors) -> torch.Tensor:
         """[M, D] the decoder's last hidden states that predict the targets."""
@@ -136,42 +167,71 @@ class PackedModel(nn.Module, Generic[Out]):
                 module.training = mode
         return self
 
-    def check_isolation(self, device: torch.device, kernel: AttentionKernel = "auto") -> None:
-        """Make sure that an answer's numbers do not change when another answer is computed beside it.
+    def let_learn(self, learns: bool) -> None:
+        """Ask for gradients of all parameters that a loss reaches, or of none.
 
-        Catches what no look at the config can: code that passes state between positions beside attention, or counts
-        positions itself. Such a model computes each sequence by itself from then on. A few tiny forward passes; under
-        ZeRO-3 every rank must call it. Raises ModelError where not even that helps.
+        The others (the vision tower of a model that is trained on text) stay as they are: AdamW would take a gradient
+        of 0 for one that was found and shrink them by its weight decay.
         """
-        difference = self._difference_in_company(device, kernel)
-        if difference is not None and self.shares_prompts and self.hf._can_set_attn_implementation():
-            self.why_separate = f"gives an answer other {difference} when another answer shares its prompt"
+        for name, parameter in self.hf.named_parameters():
+            parameter.requires_grad_(learns and name in self._reached)
+
+    def check_buffers(self) -> None:
+        """Raises ModelError for a buffer that is not what plain transformers has."""
+        check(self.hf, self._wanted)
+
+    def check_isolation(
+        self, device: torch.device, kernel: AttentionKernel = "auto", forget: Callable[[], None] = _nothing
+    ) -> None:
+        """Make sure that a row's numbers do not change with what is computed beside it (learner/model/isolation.py).
+
+        Catches what no look at the config can: code that passes state between positions beside attention, counts
+        positions itself, or cannot be run with our attention at all. Such a model computes each sequence by itself from
+        then on, which is tried in the same way. A few tiny forward passes; under ZeRO-3 every rank must call it, and
+        `forget` ends a pass that failed halfway. Raises ModelError where not even that helps.
+        """
+        why = self._why_not(device, kernel, forget)
+        if why is not None and self.shares_prompts and self.hf._can_set_attn_implementation():
+            self.why_separate = why
             self.hf.set_attn_implementation("sdpa" if self.hf._supports_sdpa else "eager")
-            difference = self._difference_in_company(device, kernel)
-        if difference is not None:
-            raise ModelError(
-                f"model.path: {self.hf.config.model_type} gives an answer other {difference} when another answer is"
-                " computed beside it; use another model"
-            )
+            why = self._why_not(device, kernel, forget)
+        if why is not None:
+            raise ModelError(f"model.path: {self.hf.config.model_type} {why}; use another model")
 
-    def _difference_in_company(self, device: torch.device, kernel: AttentionKernel) -> str | None:
-        """What differs, in words; None where it is rounding alone."""
+    def _why_not(self, device: torch.device, kernel: AttentionKernel, forget: Callable[[], None]) -> str | None:
+        """Why rows cannot be computed as they are to be, after the model's type; None where they can."""
+        text = self.hf.config.get_text_config()
+        longest = min(
+            one for one in (longest_sequence_of(text.to_dict()), self._longest, LONGEST_TRIAL) if one is not None
+        )
+
+        def observe(batch: MicroBatch) -> torch.Tensor:
+            with torch.no_grad():
+                return self.observe(to_tensors(batch, device, self.shares_prompts, kernel)).float().cpu()
+
+        try:
+            given = trial(text.vocab_size, longest)
+            found = fault(observe, given, self.shares_prompts, self.hf.dtype, routes_tokens(self))
+        except (torch.OutOfMemoryError, torch.distributed.DistError):
+            raise
+        except Exception as error:  # noqa: BLE001 - code of any model; what it raises is the reason
+            forget()
+            said = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
+            how = "where prompts are shared" if self.shares_prompts else "in padded batches"
+            return f"cannot be run {how} ({' '.join(said.split())[:200]})"
+        if found is None:
+            return None
+        return f"gives an answer other {self.observed} (by {found[0]:.2g}) {found[1]}"
+
+    def observe(self, tensors: MicroBatchTensors) -> torch.Tensor:
+        """[M, ...] of each target: numbers that must not depend on what stands beside its row."""
         raise NotImplementedError
-
-    def _answer_alone_and_in_company(
-        self, device: torch.device, kernel: AttentionKernel
-    ) -> Iterator[tuple[MicroBatchTensors, torch.Tensor]]:
-        """Two micro-batches, and where in each the targets of the same answer are."""
-        prompt, answer, other = (1, 2, 3), (4, 5, 6, 7), (11, 10, 9, 8, 7)
-        for answers in ((answer,), (other, answer)):
-            rows = [Row(group=0, kind="reference", token_ids=ids, logprobs=None, weight=1.0) for ids in answers]
-            [[batch]] = plan(rows, [prompt], ranks=1, token_budget=64, share_prompts=self.shares_prompts)
-            own = [place for place, row in enumerate(batch.rows) if row == len(answers) - 1]
-            yield to_tensors(batch, device, self.shares_prompts, kernel), torch.from_numpy(batch.row_of == own[0])
 
 
 class PolicyModel(PackedModel[HeadOutput]):
     """The lm_head of `hf` is a LossHead, so `hf` saves and loads as before but no longer gives logits."""
+
+    observed = "log-probabilities"
 
     def forward(
         self,
@@ -187,132 +247,62 @@ class PolicyModel(PackedModel[HeadOutput]):
         without targets gives a loss of 0 that depends on every parameter, so that all of ZeRO-3's ranks take part in
         the same collectives.
         """
-        hidden = self.hidden(self.hf.get_decoder(), tensors)
-        return self.hf.get_output_embeddings()(
-            hidden, tensors.targets, tensors.weights, loss_temperature, rollout_temperature, chunk, weigh
-        )
+        head = self.hf.get_output_embeddings()
+        # some decoders add up their layers in float32 and end in it; such models cast for their head
+        hidden = self.hidden(decoder_of(self.hf), tensors).to(self.hf.dtype)
+        return head(hidden, tensors.targets, tensors.weights, loss_temperature, rollout_temperature, chunk, weigh)
 
-    @torch.no_grad()
-    def _difference_in_company(self, device: torch.device, kernel: AttentionKernel) -> str | None:
-        found = [
-            self(tensors, 1.0, 1.0, chunk=64).logprobs.cpu()[answer]
-            for tensors, answer in self._answer_alone_and_in_company(device, kernel)
-        ]
-        worst = float((found[0] - found[1]).abs().max())
-        return None if worst <= ISOLATION_TOLERANCE[self.hf.dtype] else f"log-probabilities (by {worst:.2g})"
+    def observe(self, tensors: MicroBatchTensors) -> torch.Tensor:
+        """f32[M] log-probabilities."""
+        return self(tensors, 1.0, 1.0, chunk=64).logprobs
 
 
-def build_model(path: str, dtype: Dtype, trust_remote_code: bool, activation_checkpointing: bool) -> PolicyModel:
-    """Load a causal language model for training.
+def build_model(
+    path: str,
+    dtype: Dtype,
+    trust_remote_code: bool,
+    activation_checkpointing: bool,
+    longest: int | None = None,
+    dividing: Dividing = whole,
+) -> PolicyModel:
+    """Load a causal language model for training; weights are read in the context `dividing`.
 
-    Works under transformers' HfDeepSpeedConfig, where parameters come divided over the ranks: nothing here reads one.
-    Dropout is set to 0, in the model's config too. Raises ModelError for a model that could not be trained exactly.
+    longest: tokens of the run's longest sequence (learner/model/rotary.py); None for an engine's own choice.
+    In `dividing` parameters may be divided over ranks: nothing here reads one. Dropout is set to 0, in the model's
+    config too. Raises ModelError for a model that could not be trained exactly.
     """
-    config, own_code = config_of(path, trust_remote_code)
-    hf, absent, why = load_packed(AutoModelForCausalLM, path, config, dtype, own_code)
-    refuse_absent(path, absent)
+    source = source_of(AutoModelForCausalLM, path, dtype, trust_remote_code, longest)
+    loaded = load(source, dividing)
+    refuse_absent(path, loaded.absent)
+    return _policy(loaded, activation_checkpointing, reached_of(source, decoder_of)).train()
+
+
+def outline_of_policy(
+    path: str, dtype: Dtype, trust_remote_code: bool, activation_checkpointing: bool, longest: int | None
+) -> PolicyModel:
+    """The same without weights. Raises ModelError for a model that could not be trained whatever its weights are."""
+    source = source_of(AutoModelForCausalLM, path, dtype, trust_remote_code, longest)
+    return _policy(outline(source), activation_checkpointing)
+
+
+def _policy(loaded: Loaded, activation_checkpointing: bool, reached: frozenset[str] = frozenset()) -> PolicyModel:
+    hf = loaded.hf
     if not isinstance(hf.get_output_embeddings(), nn.Linear):
         raise ModelError(f"model.path: {hf.config.model_type} does not end in a linear layer over the vocabulary")
-    scale, softcap = _logit_options(config)
+    scale, softcap = _logit_options(hf.config)
     _check_logits(hf, scale, softcap)
     hf.set_output_embeddings(LossHead(hf.get_output_embeddings(), scale, softcap))
     if activation_checkpointing:
         checkpoint_activations(hf)
-    policy = PolicyModel(hf, why)
-    return policy.train()
-
-
-def checkpoint_activations(hf: PreTrainedModel) -> None:
-    """Raises ModelError for a model that cannot."""
-    if not hf.supports_gradient_checkpointing:
-        raise ModelError(f"learner.activation_checkpointing: {hf.config.model_type} cannot do it; set it to false")
-    hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def config_of(path: str, trust_remote_code: bool) -> tuple[PretrainedConfig, bool]:
-    """The model's config, and whether code that ships with the model is to be run.
-
-    Never for a type that transformers knows, even where the code is trusted (for its tokenizer, as Moonlight's has to
-    be): code written for other versions of transformers does not let its attention be replaced.
-    """
-    path, revision = split_revision(path)
-    settings, _ = PretrainedConfig.get_config_dict(path, revision=revision)
-    own_code = trust_remote_code and settings.get("model_type") not in CONFIG_MAPPING
-    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=own_code)
-    if not own_code and hasattr(config, "auto_map"):
-        del config.auto_map  # an exported model does not bring that code along
-    return config, own_code
-
-
-def load_packed(
-    auto: Any, path: str, config: PretrainedConfig, dtype: Dtype, own_code: bool
-) -> tuple[PreTrainedModel, list[str], str | None]:
-    """A model of transformers' class `auto` without dropout, its parameters without weights, and `why_separate`.
-
-    Where prompts can be shared it has our attention, else its own. Raises ModelError for a model that is not causal.
-    """
-    refuse_later_tokens(config)
-    _without_dropout(config)
-    why = why_separate(config)
-    path, revision = split_revision(path)
-
-    def load(attention: str | None) -> tuple[PreTrainedModel, list[str]]:
-        hf, loading = auto.from_pretrained(
-            path,
-            revision=revision,
-            config=config,
-            dtype=TORCH_DTYPE[dtype],
-            attn_implementation=attention,
-            trust_remote_code=own_code,
-            output_loading_info=True,
-        )
-        return hf, sorted(loading["missing_keys"])
-
-    if why is None:
-        try:
-            hf, absent = load(NAME)
-            if _asks_for_attention(hf):
-                return hf, absent, None
-        except KeyError as error:  # older families look the name up in a table of their own
-            if error.args != (NAME,):
-                raise
-        why, config._attn_implementation = "does not let its attention be replaced", None
-    return *load(_own_attention(config)), why
-
-
-def _own_attention(config: PretrainedConfig) -> str | None:
-    """The model's own, None for transformers' choice; which does not know that `sdpa` leaves a soft cap out."""
-    return "eager" if config.get_text_config().to_dict().get("attn_logit_softcapping") is not None else None
-
-
-def _asks_for_attention(hf: PreTrainedModel) -> bool:
-    """Whether the model's code asks transformers for its attention function and hands keywords through to it."""
-    takes_any = (
-        any(one.kind is one.VAR_KEYWORD for one in inspect.signature(module.forward).parameters.values())
-        for module in (hf.base_model, hf.get_decoder())
-    )
-    return bool(hf.is_backend_compatible()) and all(takes_any)
-
-
-def refuse_absent(path: str, absent: Sequence[str]) -> None:
-    """Raises ModelError where there are parameters without weights."""
-    if absent:
-        raise ModelError(f"model.path: '{path}' has no weights for {absent[0]} and {len(absent) - 1} more parameters")
-
-
-def _without_dropout(config: PretrainedConfig) -> None:
-    """Set every dropout of a Hugging Face config to 0."""
-    text = config.get_text_config()
-    for name, value in text.to_dict().items():
-        if isinstance(value, float) and "drop" in name:
-            setattr(text, name, 0.0)
+    return PolicyModel(loaded, hf.get_output_embeddings(), reached)
 
 
 def _logit_options(config: PretrainedConfig) -> tuple[float, float | None]:
     """(scale, softcap) that the model applies to its head's output, by the names families use for them."""
     settings = config.get_text_config().to_dict()
     scale = (settings.get("logit_scale") or 1.0) / (settings.get("logits_scaling") or 1.0)
-    return float(scale), settings.get("final_logit_softcapping")
+    caps = (settings.get(name) for name in SOFT_CAPS)
+    return float(scale), next((float(cap) for cap in caps if cap is not None), None)
 
 
 class _Decoded:
@@ -335,7 +325,7 @@ def _check_logits(hf: PreTrainedModel, scale: float, softcap: float | None) -> N
     parameter is read, so it works on parameters that ZeRO-3 has divided.
     """
     text = hf.config.get_text_config()
-    hidden = torch.linspace(-1, 1, text.hidden_size)[None, None]
+    hidden = torch.linspace(-1, 1, text.hidden_size, dtype=hf.dtype)[None, None]
     logits = torch.linspace(-60, 60, text.vocab_size)[None, None]
     seen: list[torch.Tensor] = []
 
@@ -344,16 +334,21 @@ def _check_logits(hf: PreTrainedModel, scale: float, softcap: float | None) -> N
         return logits.clone()
 
     stand_ins: list[tuple[nn.Module, Callable[..., Any]]] = [(hf.get_output_embeddings(), head_forward)]
-    stand_ins += [(one, lambda *_, **__: _Decoded(hidden)) for one in {hf.base_model, hf.get_decoder()}]
+    # some families have no name for their base, and then give the whole model
+    stand_ins += [(one, lambda *_, **__: _Decoded(hidden)) for one in {hf.base_model, decoder_of(hf)} - {hf}]
     for module, forward in stand_ins:
         module.forward = forward
     try:
         result = hf(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False).logits
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ModelError(f"model.path: {hf.config.model_type} cannot be asked for its logits ({why})") from error
     finally:
         for module, _ in stand_ins:
             del module.forward  # uncovers the class's own
     expected = scale * logits
     if softcap is not None:
         expected = softcap * torch.tanh(expected / softcap)
-    if not (torch.equal(seen[0].flatten(), hidden.flatten()) and torch.allclose(result, expected, rtol=1e-4)):
+    same_hidden = len(seen) == 1 and torch.equal(seen[0].flatten(), hidden.flatten())
+    if not (same_hidden and torch.allclose(result, expected, rtol=1e-4)):
         raise ModelError(f"model.path: {hf.config.model_type} changes its hidden states or logits in an unknown way")

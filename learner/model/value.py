@@ -15,21 +15,23 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from configs.schema import AttentionKernel, Dtype
+from configs.schema import Dtype
 from learner.attention.shared import ModelError
 from learner.model.head import Weigh
-from learner.model.policy import (
-    MicroBatchTensors,
-    PackedModel,
+from learner.model.loading import (
+    Dividing,
+    Loaded,
     checkpoint_activations,
-    config_of,
-    load_packed,
+    load,
+    outline,
+    reached_of,
     refuse_absent,
+    source_of,
+    whole,
 )
+from learner.model.policy import MicroBatchTensors, PackedModel
 
 HEAD = "score.weight"
-ISOLATION_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2}
-"""Largest difference of a hidden state, relative to the largest, that rounding may make."""
 
 
 class ValueOutput(NamedTuple):
@@ -56,9 +58,11 @@ class ScoreHead(nn.Module):
 class ValueModel(PackedModel[ValueOutput]):
     """`hf.score` is a ScoreHead."""
 
-    def __init__(self, hf: PreTrainedModel, why_separate: str | None, has_new_head: bool) -> None:
-        super().__init__(hf, why_separate)
-        self.has_new_head = has_new_head
+    observed = "hidden states"
+
+    def __init__(self, loaded: Loaded, reached: frozenset[str] = frozenset()) -> None:
+        super().__init__(loaded, loaded.hf.score, reached)
+        self.has_new_head = HEAD in loaded.absent
         """Whether the folder had no weights for the last layer, so that these mean nothing yet."""
 
     def forward(self, tensors: MicroBatchTensors, weigh: Weigh | None = None) -> ValueOutput:
@@ -67,32 +71,50 @@ class ValueModel(PackedModel[ValueOutput]):
         weights = torch.zeros_like(values) if weigh is None else weigh(values.detach())
         return ValueOutput(-(weights * values).sum(), values)
 
-    @torch.no_grad()
-    def _difference_in_company(self, device: torch.device, kernel: AttentionKernel) -> str | None:
-        found = [
-            self.hidden(self.hf.base_model, tensors).float()[answer.to(device)]
-            for tensors, answer in self._answer_alone_and_in_company(device, kernel)
-        ]
-        worst = float((found[0] - found[1]).abs().max() / found[0].abs().max())
-        return None if worst <= ISOLATION_TOLERANCE[self.hf.dtype] else f"hidden states (by {worst:.2g} of the largest)"
+    def observe(self, tensors: MicroBatchTensors) -> torch.Tensor:
+        """f32[M, D] hidden states, each relative to its largest element."""
+        hidden = self.hidden(self.hf.base_model, tensors).float()
+        return hidden / hidden.abs().amax(1, keepdim=True)
 
 
-def build_value_model(path: str, dtype: Dtype, trust_remote_code: bool, activation_checkpointing: bool) -> ValueModel:
+def build_value_model(
+    path: str,
+    dtype: Dtype,
+    trust_remote_code: bool,
+    activation_checkpointing: bool,
+    longest: int | None = None,
+    dividing: Dividing = whole,
+) -> ValueModel:
     """Load a model's backbone, and its last layer where the folder has one. Raises ModelError as `build_model` does."""
-    config, own_code = config_of(path, trust_remote_code)
-    config.num_labels = 1
-    try:
-        hf, absent, why = load_packed(AutoModelForSequenceClassification, path, config, dtype, own_code)
-    except ValueError as error:
-        raise ModelError(f"model.path: transformers has no sequence classification for {config.model_type}") from error
-    refuse_absent(path, [name for name in absent if name != HEAD])
-    if not isinstance(hf.score, nn.Linear) or hf.score.bias is not None:
-        raise ModelError(f"model.path: {config.model_type} does not score by a linear layer without bias")
-    hf.score = ScoreHead(hf.score)
+    source = source_of(AutoModelForSequenceClassification, path, dtype, trust_remote_code, longest, labels=1)
+    loaded = load(source, dividing)
+    refuse_absent(path, [name for name in loaded.absent if name != HEAD])
+    return _value_model(loaded, activation_checkpointing, reached_of(source, _backbone)).train()
+
+
+def outline_of_value_model(
+    path: str, dtype: Dtype, trust_remote_code: bool, activation_checkpointing: bool, longest: int | None
+) -> ValueModel:
+    """The same without weights. Raises ModelError for a model that could not be trained whatever its weights are."""
+    source = source_of(AutoModelForSequenceClassification, path, dtype, trust_remote_code, longest, labels=1)
+    return _value_model(outline(source), activation_checkpointing)
+
+
+def _backbone(hf: PreTrainedModel) -> nn.Module:
+    found: nn.Module = hf.base_model
+    return found
+
+
+def _value_model(loaded: Loaded, activation_checkpointing: bool, reached: frozenset[str] = frozenset()) -> ValueModel:
+    hf = loaded.hf
+    score = getattr(hf, "score", None)
+    if not isinstance(score, nn.Linear) or score.bias is not None:
+        raise ModelError(f"model.path: {hf.config.model_type} does not score by a linear layer without bias")
+    hf.score = ScoreHead(score)
     hf.config.architectures = [type(hf).__name__]  # the folder may be a language model's; an export says what it is
     if hf.config.pad_token_id == hf.config.eos_token_id:
         # transformers scores the last token that is not padding; an answer's EOS must not pass for padding
         hf.config.pad_token_id = None
     if activation_checkpointing:
         checkpoint_activations(hf)
-    return ValueModel(hf, why, has_new_head=HEAD in absent).train()
+    return ValueModel(loaded, reached)

@@ -7,14 +7,14 @@ import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from configs.schema import Dtype, LearnerConfig, ModelConfig
-from learner.attention.sequence import SequenceGroup, check_heads
+from learner.attention.sequence import SequenceGroup, check_heads, check_sharing
 from learner.errors import LearnerError
 from learner.wire.network import interface_of
 from learner.zero import shards
@@ -33,8 +33,11 @@ CRITIC = "critic/"  # before the critic's parameters in a checkpoint
 class ZeroEngine:
     """One rank of the learner: the model that is trained and, where the objective asks, a critic and a start model."""
 
-    def __init__(self, model: ModelConfig, learner: LearnerConfig, device: Literal["cpu", "gpu"]) -> None:
-        self._model_config, self._config = model, learner
+    def __init__(
+        self, model: ModelConfig, learner: LearnerConfig, device: Literal["cpu", "gpu"], longest: int | None = None
+    ) -> None:
+        """longest: tokens of the run's longest sequence, which an engine gets too; None for an engine's own choice."""
+        self._model_config, self._config, self._longest = model, learner, longest
         self._on_gpu = device == "gpu"
         self._device = torch.device("cpu")
         self._rank, self._world = 0, 1
@@ -66,11 +69,8 @@ class ZeroEngine:
             self.critic = self._divided(critic, train=True)
         if self._config.keeps_start_model:
             self.start_model = self._divided(self._policy(), train=False)
-        if self.sequence is not None and self.why_separate is not None:
-            raise LearnerError(
-                f"learner.sequence_ranks is {self.sequence.size}, but {self.why_separate}, so each sequence is computed"
-                " by itself; set it to 1"
-            )
+        if self.sequence is not None:
+            check_sharing(self.sequence.size, self.why_separate)
         return self.model.elements
 
     @property
@@ -150,7 +150,7 @@ class ZeroEngine:
             deepspeed.init_distributed(
                 "nccl" if self._on_gpu else "gloo",
                 verbose=False,
-                timeout=timedelta(seconds=self._config.step_timeout_s),
+                timeout=self._timeout,
             )
         except torch.distributed.DistError as error:
             why = str(error).split("\n", 1)[0]
@@ -164,14 +164,13 @@ class ZeroEngine:
         if size == 1:
             return None
         starts = range(0, self._world, size)
-        groups = [torch.distributed.new_group(list(range(start, start + size))) for start in starts]
+        groups = [torch.distributed.new_group(list(range(start, start + size)), self._timeout) for start in starts]
         return SequenceGroup(groups[self._rank // size], self._rank % size, size)
 
     def _policy(self) -> PolicyModel:
         from learner.model.policy import build_model
 
-        with self._dividing():
-            policy = build_model(*self._loading(self._model_config.path))
+        policy = build_model(*self._loading(self._model_config.path), self._longest, self._dividing)
         self._prepare(policy)
         return policy
 
@@ -180,8 +179,7 @@ class ZeroEngine:
 
         from learner.model.value import build_value_model
 
-        with self._dividing():
-            made = build_value_model(*self._loading(path))
+        made = build_value_model(*self._loading(path), self._longest, self._dividing)
         self._prepare(made)
         if made.has_new_head:
             # 0 everywhere at first: no rank's random numbers, and no noise before anything was learned
@@ -201,18 +199,33 @@ class ZeroEngine:
         return path, self._config.dtype, trust, checkpointing
 
     @contextlib.contextmanager
-    def _dividing(self) -> Iterator[None]:
-        """Models loaded inside are divided from the first moment on: each rank keeps its slices only."""
+    def _dividing(self, in_float32: Sequence[str] = ()) -> Iterator[None]:
+        """Models loaded inside are divided from the first moment on: each rank keeps its slices only.
+
+        `in_float32`: patterns for the names of buffers that are made and loaded in float32 whatever the parameters are.
+        """
         from transformers.integrations import HfDeepSpeedConfig
 
-        watched = HfDeepSpeedConfig(base_settings(self._world, self._config))  # transformers sees it while it lives
-        yield
-        del watched
+        settings = base_settings(self._world, self._config)
+        settings["data_types"] = {**settings["data_types"], "keep_in_fp32_modules": list(in_float32)}
+        watched = HfDeepSpeedConfig(settings)  # transformers sees it while it lives
+        try:
+            yield
+        finally:
+            del watched
 
     def _divided(self, model: PackedModel[Out], train: bool) -> ZeroModule[Out]:
         if self.sequence is not None:
             check_heads(model.hf.config, self.sequence.size)
-        return ZeroModule(model, self._config, self._rank, self._world, self._device, train, self.sequence)
+        made = ZeroModule(model, self._config, self._rank, self._world, self._device, train, self.sequence)
+        # DeepSpeed makes groups of its own without a timeout: gloo would wait half an hour in them, nccl ten minutes
+        for group in torch.distributed.distributed_c10d._world.pg_map:
+            torch.distributed.distributed_c10d._set_pg_timeout(self._timeout, group)
+        return made
+
+    @property
+    def _timeout(self) -> timedelta:
+        return timedelta(seconds=self._config.step_timeout_s)
 
 
 def _gather_at_once(model: torch.nn.Module) -> None:

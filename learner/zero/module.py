@@ -62,18 +62,19 @@ class ZeroModule(Generic[Out]):
         self._model, self._learner, self._sequence = model, learner, sequence
         self._rank, self._world, self._device, self._trained = rank, world, device, train
         self.elements = sum(parameter.ds_numel for parameter in model.parameters())
+        model.let_learn(train)
         optimizer = self._optimizer() if train else None
         settings = zero_settings(self.elements, world, learner, train, pin_memory=device.type != "cpu")
-        self._engine, *_ = deepspeed.initialize(model=model.requires_grad_(train), optimizer=optimizer, config=settings)
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self._engine.train(train)
+        model.check_buffers()
         with self.untraced():
-            model.check_isolation(device, learner.attention)
+            model.check_isolation(device, learner.attention, self._forget_forward)
 
     @property
     def why_separate(self) -> str | None:
         """Why each sequence is computed by itself, with the model's type; None where prompts are shared."""
-        why = self._model.why_separate
-        return None if why is None else f"{self.hf.config.model_type} {why}"
+        return self._model.why_separate_with_type
 
     def forward_backward(self, batches: Sequence[MicroBatch], weigh: Weigh | None, *settings: Any) -> list[Out]:
         """Add the gradients of `batches` (the same number on every rank) to what `update` will use.
@@ -107,6 +108,14 @@ class ZeroModule(Generic[Out]):
         """Drop the gradients of `forward_backward`."""
         self._zero.zero_grad()
 
+    def _forget_forward(self) -> None:
+        """End a forward pass that an exception left in the middle of a module, on every rank."""
+        offload = self._zero.parameter_offload if self._trained else self._zero
+        offload.partition_all_parameters()
+        coordinator = offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
+
     def values(self, batches: Sequence[MicroBatch], *settings: Any) -> list[Out]:
         """Every batch's outputs under the current parameters, on the CPU; no gradients."""
         model = self._model if self._trained else self._engine
@@ -132,9 +141,10 @@ class ZeroModule(Generic[Out]):
                 yield name, parameter.data
 
     def gather_to_host(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same, as copies in host memory."""
+        """The same, as copies in host memory on rank 0; the other ranks only take part and get nothing."""
         for name, tensor in self.gather():
-            yield name, tensor.detach().to("cpu", copy=True)
+            if self._rank == 0:
+                yield name, tensor.detach().to("cpu", copy=True)
 
     @property
     def hf(self) -> Any:
@@ -213,7 +223,7 @@ class ZeroModule(Generic[Out]):
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """AdamW of torch in its fused form: one pass over a flat slice, and nothing to compile on either device."""
-        parameters = list(self._model.parameters())
+        parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         groups = [
             {"params": [p for p in parameters if len(p.ds_shape) > 1], "weight_decay": self._learner.weight_decay},
             # norms and biases: decay would pull their scale towards 0

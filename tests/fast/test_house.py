@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "reward.trial",
         "reward.worker",
         "reward.metrics",
-        "reward.trial",
+        "learner.preflight",
         "learner.types",
         "learner.worker",
         "learner.packing",
@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "rollout": (("worker",), ("data", "engine"), ("text",), ("types", "errors", "seeds", "ports", "abandoned")),
     "learner": (
-        ("worker",),
+        ("worker", "preflight"),
         ("passes",),
         ("zero", "results"),
         ("model",),
