@@ -17,7 +17,7 @@ from configs.hub import split_revision
 from configs.load import ConfigError, parse
 from configs.schema import Config, DataConfig, ModelConfig
 from learner.model.export import write_description
-from learner.model.policy import config_of
+from learner.model.loading import config_of
 from rollout.data.chat import ChatEncoder
 from rollout.data.prompts import load_prompts
 from rollout.data.rows import DataError
