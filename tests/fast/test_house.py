@@ -44,7 +44,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("zero", "results"),
         ("model",),
         ("attention", "objectives", "packing", "wire", "schedule"),
-        ("types", "errors"),
+        ("types", "errors", "batches"),
     ),
     "cluster": (("main",), ("errors",), ("compare",), ("run",), ("record", "workers"), ("bundled",)),
 }
