@@ -26,6 +26,7 @@ from learner.worker import LearnerRank
 from learner.zero import engine
 from learner.zero import module as zero
 from learner.zero.settings import base_settings
+from learner.zero.sizes import Sizes
 
 
 def main() -> None:
@@ -87,7 +88,7 @@ def without_ours(zero_way: str | None) -> Iterator[None]:
         raise RuntimeError(f"'{zero_way}': the rank started with our settings")
 
 
-def _stage_3_alone(elements: int, world: int, learner: LearnerConfig, *_: Any, **__: Any) -> dict[str, Any]:
+def _stage_3_alone(sizes: Sizes, world: int, learner: LearnerConfig, *_: Any, **__: Any) -> dict[str, Any]:
     """DeepSpeed's own thresholds."""
     return base_settings(world, learner)
 

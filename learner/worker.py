@@ -191,7 +191,8 @@ class LearnerRank:
         whole = self._learner.objective.keeps_pairs if together is None else together
         budget, shared = self._learner.tokens_per_micro_batch, self._engine.why_separate is None
         sharing = self._learner.sequence_ranks
-        return plan(rows, prompts, self._world // sharing, budget, whole, shared)[self._rank // sharing]
+        pairs = self._engine.model.pairs_per_position
+        return plan(rows, prompts, self._world // sharing, budget, whole, shared, pairs)[self._rank // sharing]
 
     @property
     def _reports(self) -> bool:

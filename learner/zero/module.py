@@ -8,6 +8,7 @@ reduces gradients as they are made.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
@@ -19,6 +20,7 @@ from learner.types import MicroBatch
 from learner.wire.layout import Share, share_of
 from learner.zero import shards
 from learner.zero.settings import zero_settings
+from learner.zero.sizes import pairs_per_position, sizes_of
 
 if TYPE_CHECKING:
     from learner.attention.sequence import SequenceGroup
@@ -61,14 +63,19 @@ class ZeroModule(Generic[Out]):
 
         self._model, self._learner, self._sequence = model, learner, sequence
         self._rank, self._world, self._device, self._trained = rank, world, device, train
-        self.elements = sum(parameter.ds_numel for parameter in model.parameters())
+        sizes = sizes_of(model)
+        self.elements = sizes.model
+        self.pairs_per_position = pairs_per_position(model, model.hf.config)
+        """Query-key pairs of attention that cost as much as one position in the linear layers."""
         model.let_learn(train)
         optimizer = self._optimizer() if train else None
-        settings = zero_settings(self.elements, world, learner, train, pin_memory=device.type != "cpu")
+        settings = zero_settings(sizes, world, learner, train, pin_memory=device.type != "cpu")
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self._engine.train(train)
         model.check_buffers()
-        with self.untraced():
+        self._values_only = _fresh_copy(self._zero.parameter_offload.get_param_coordinator()) if train else None
+        """What DeepSpeed knows of forward passes without backward."""
+        with self._without_backward():
             model.check_isolation(device, learner.attention, self._forget_forward)
 
     @property
@@ -119,7 +126,7 @@ class ZeroModule(Generic[Out]):
     def values(self, batches: Sequence[MicroBatch], *settings: Any) -> list[Out]:
         """Every batch's outputs under the current parameters, on the CPU; no gradients."""
         model = self._model if self._trained else self._engine
-        with self.untraced(), torch.no_grad():
+        with self._without_backward(), torch.no_grad():
             given = (self._tensors(batch) for batch in batches)
             return [_to_host(self._whole(model(tensors, *settings), tensors)) for tensors in given]
 
@@ -150,36 +157,6 @@ class ZeroModule(Generic[Out]):
     def hf(self) -> Any:
         """The Hugging Face model, for its config."""
         return self._model.hf
-
-    @contextlib.contextmanager
-    def untraced(self) -> Iterator[None]:
-        """Forward passes without backward, which must leave no trace in DeepSpeed's engine for a trained model.
-
-        It learns from the first passes which parameters are soon needed again, and remembers for good what it
-        concludes from two in a row: from forward passes alone that nothing is, so that each backward pass would
-        gather every parameter once more, one by one. What it has learnt from training stays: a forward pass alone is
-        the beginning of that. It then holds parameters that a backward pass would need, and they are given back.
-        """
-        if not self._trained:
-            yield
-            return
-        coordinator = self._zero.parameter_offload.get_param_coordinator()
-
-        def forget(*_: Any) -> None:
-            if not coordinator.is_complete_trace():
-                coordinator._invalidate_trace()
-                return
-            coordinator._clean_inflight_param_registry()
-            for parameter in self._model.parameters():
-                if not parameter.ds_persist:
-                    parameter.ds_active_sub_modules.clear()
-                    parameter.partition()
-
-        hook = self._model.register_forward_hook(forget)
-        try:
-            yield
-        finally:
-            hook.remove()
 
     def sections(self, prefix: str = "") -> list[shards.Section]:
         """What a checkpoint holds of this rank's part, parameters named with `prefix` before them; not copies."""
@@ -220,6 +197,24 @@ class ZeroModule(Generic[Out]):
     def _zero(self) -> Any:
         """DeepSpeed's ZeRO-3 optimizer, which owns slices, masters and gradients."""
         return self._engine.optimizer
+
+    @contextlib.contextmanager
+    def _without_backward(self) -> Iterator[None]:
+        """Forward passes without backward, which must leave no trace in DeepSpeed's engine for a trained model.
+
+        It learns from the first passes which parameters are needed when, gathers them ahead from then on, and remembers
+        for good what it concludes: from forward passes alone that nothing is soon needed again, so that each backward
+        pass would gather every parameter once more, one by one. So these passes have a memory of their own.
+        """
+        if self._values_only is None:
+            yield
+            return
+        offload = self._zero.parameter_offload
+        of_updates, offload.param_coordinator = offload.param_coordinator, self._values_only
+        try:
+            yield
+        finally:
+            offload.param_coordinator = of_updates
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """AdamW of torch in its fused form: one pass over a flat slice, and nothing to compile on either device."""
@@ -264,3 +259,10 @@ class ZeroModule(Generic[Out]):
 
 def _to_host(output: Out) -> Out:
     return type(output)(*(tensor.cpu() for tensor in output))  # type: ignore[attr-defined]
+
+
+def _fresh_copy(coordinator: Any) -> Any:
+    """Of DeepSpeed's coordinator before its first pass: the same settings and stream, and a trace of its own."""
+    made = copy.copy(coordinator)
+    made._clear_trace_structures()
+    return made

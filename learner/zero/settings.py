@@ -5,6 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from configs.schema import LearnerConfig
+from learner.zero.sizes import Sizes
+
+TOGETHER = 2**26
+"""Elements that are worth gathering or reducing together (256 MiB in float32): a collective costs about as much as
+moving some hundred thousand."""
+KEPT = 2**30
+"""Elements that a rank may hold gathered, at least; DeepSpeed's own default."""
 
 
 def base_settings(world: int, learner: LearnerConfig) -> dict[str, Any]:
@@ -24,15 +31,23 @@ def base_settings(world: int, learner: LearnerConfig) -> dict[str, Any]:
     }
 
 
-def zero_settings(elements: int, world: int, learner: LearnerConfig, train: bool, pin_memory: bool) -> dict[str, Any]:
-    """ZeRO-3's thresholds from the model's size. `pin_memory` where offloaded state is copied to and from a GPU.
+def zero_settings(sizes: Sizes, world: int, learner: LearnerConfig, train: bool, pin_memory: bool) -> dict[str, Any]:
+    """ZeRO-3's thresholds from the model's sizes. `pin_memory` where offloaded state is copied to and from a GPU.
 
-    A collective costs about as much as moving some hundred thousand elements, so small models get few, large ones:
-    up to 64 Mi elements (256 MiB in float32) together. What is gathered for the forward pass stays for the backward
-    pass as long as it is under 1 Gi elements, as in DeepSpeed's own default. No parameter is kept whole between
-    steps: those would be gathered one by one after every update, while the others come in a few large gathers.
+    Small models get few, large collectives. No parameter is kept whole between steps: those would be gathered one by
+    one after every update, while the others come in a few large gathers.
+
+    While a layer computes, the next is gathered: `stage3_prefetch_bucket_size` holds the largest layer, and
+    `stage3_max_live_parameters` one at work, one on its way, one more, and what stays all along (shared parameters) or
+    can be a whole gather (a head). A rank holds up to that limit and about a layer more.
+    A model of at most `KEPT` elements stays gathered from the forward pass to the end of the backward pass. Of a larger
+    one nothing stays for a later use that is further away than a layer: DeepSpeed's prefetcher would see it, pass it
+    over, and miss it when it was dropped after all.
     """
-    bucket = min(elements, 2**26)
+    bucket = min(sizes.model, TOGETHER)
+    ahead = max(bucket, sizes.layer)
+    live = max(KEPT, sizes.shared + max(3 * ahead, ahead + sizes.outside))
+    reuse = 4 * sizes.model if sizes.model <= KEPT else sizes.layer
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": pin_memory}}
     return base_settings(world, learner) | {
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW is one on both devices, with nothing to compile
@@ -42,10 +57,10 @@ def zero_settings(elements: int, world: int, learner: LearnerConfig, train: bool
             # reduce-scatter lays the gradients out anew anyway; a contiguous copy before it would only cost time
             "contiguous_gradients": False,
             "reduce_bucket_size": bucket,
-            "stage3_prefetch_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": ahead,
             "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": 2**30,
-            "stage3_max_reuse_distance": 2**30,
+            "stage3_max_live_parameters": live,
+            "stage3_max_reuse_distance": reuse,
             # the optimizer casts one sub-group's gradients at a time: 128 Mi elements bound that copy to 512 MiB
             "sub_group_size": 2**27,
             **(offload if train and learner.offload_optimizer else {}),

@@ -21,6 +21,7 @@ from benchmarks.swings import moves
 from learner.zero import engine
 from learner.zero import module as zero
 from learner.zero.settings import base_settings, zero_settings
+from learner.zero.sizes import Sizes
 
 
 def test_sides_take_turns_forwards_and_backwards_and_the_first_is_not_counted(
@@ -136,13 +137,14 @@ def test_a_side_has_the_settings_that_its_name_says() -> None:
     assert (learner.tokens_per_micro_batch, learner.head_chunk, learner.attention) == (64, 8, "blocks")
     assert not learner.offload_optimizer
     assert learner_of({**work, "zero": "offload"}).offload_optimizer
-    ours = zero_settings(10**6, 1, learner, True, False)
+    sizes = Sizes(model=10**6, layer=10**5, outside=0, shared=0)
+    ours = zero_settings(sizes, 1, learner, True, False)
     with without_ours("defaults"):
-        found = zero.zero_settings(10**6, 1, learner, True, False)
+        found = zero.zero_settings(sizes, 1, learner, True, False)
         engine._gather_at_once(torch.nn.Linear(2, 2))
     assert found == base_settings(1, learner) != ours
     with without_ours("offload"):
-        assert zero.zero_settings(10**6, 1, learner, True, False) == ours
+        assert zero.zero_settings(sizes, 1, learner, True, False) == ours
 
 
 def test_a_side_that_would_be_ours_under_another_name_is_an_error() -> None:

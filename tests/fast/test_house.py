@@ -48,7 +48,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("zero", "results"),
         ("model",),
         ("attention", "objectives", "packing", "wire", "schedule"),
-        ("types", "errors"),
+        ("types", "errors", "batches"),
     ),
     "cluster": (("main",), ("errors", "check"), ("compare",), ("run",), ("record", "workers"), ("bundled",)),
 }
