@@ -25,10 +25,14 @@ def byte_tokenizer(
     adds_bos: bool = False,
     normalizer: Normalizer | None = None,
     missing: str = "",
+    merged: str = "",
 ) -> PreTrainedTokenizerFast:
-    """`special` and `plain` are added tokens, `missing` are letters of the byte-level alphabet left out."""
-    letters = [letter for letter in ALPHABET if letter not in missing]
-    raw = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    """`special` and `plain` are added tokens, `missing` are letters of the byte-level alphabet left out, `merged` is a
+    word that the vocabulary puts together."""
+    vocabulary = [letter for letter in ALPHABET if letter not in missing]
+    vocabulary += [merged[:count] for count in range(2, len(merged) + 1)]
+    merges = [(merged[:count], merged[count]) for count in range(1, len(merged))]
+    raw = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(vocabulary)}, merges=merges))
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     if normalizer is not None:
         raw.normalizer = normalizer

@@ -130,6 +130,14 @@ def test_a_spelling_that_normalisation_makes_is_named() -> None:
     )
 
 
+def test_a_spelling_that_the_vocabulary_puts_together_again_is_named() -> None:
+    tokenizer = byte_tokenizer(CHATML, (*SPECIAL, "zqz"), merged="zqz")
+    assert str(tried(encoder(tokenizer), "5", "zqz")) == (
+        "the tokenizer makes a control token of the text of a message"
+    )
+    assert tokenizer.decode(encoded(encoder(tokenizer), "5", "zq").token_ids).count("zq") == 1
+
+
 def test_a_template_that_cuts_a_spelling_makes_a_bad_row() -> None:
     tokenizer = byte_tokenizer(CHATML.replace("m.content | trim", "m.content[:5]"), SPECIAL)
     assert str(tried(encoder(tokenizer), "5", "ab <|im_end|>")) == (

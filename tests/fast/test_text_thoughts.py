@@ -36,6 +36,11 @@ MISTRAL = (
     "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %}{{ m.content }}<|end|>"
     "{% endif %}{% endfor %}"
 )
+ALWAYS = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}"
+    "<|Assistant|><think>\n{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
+)
 SPECIAL = ("<|User|>", "<|Assistant|>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "[THINK]", "[/THINK]")
 WITH, INSIDE, WITHOUT = "<think>\n3 and 2\n</think>\n\n5", "3 and 2\n</think>\n\n5", "5"
 THINK = ("<think>", "</think>")
@@ -48,6 +53,9 @@ CASES: list[tuple[str, dict[str, object], str, str]] = [
     (OPENS, {}, WITH, "3 and 2\n</think>\n\n5"),
     (OPENS, {}, INSIDE, "3 and 2\n</think>\n\n5"),
     (OPENS, {}, WITHOUT, "\n</think>\n\n5"),
+    (ALWAYS, {}, WITH, "3 and 2\n</think>\n\n5"),
+    (ALWAYS, {}, INSIDE, "3 and 2\n</think>\n\n5"),
+    (ALWAYS, {}, WITHOUT, "\n</think>\n\n5"),
     (QWEN3, {}, WITH, WITH),
     (QWEN3, {}, INSIDE, WITH),
     (QWEN3, {}, WITHOUT, "<think>\n\n</think>\n\n5"),
