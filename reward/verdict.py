@@ -60,10 +60,11 @@ _QUESTION = "Which text is better by the criterion? Answer only 1 > 2, 1 = 2 or 
 _LINE = re.compile(r"[`*]*[ \t]*1[ \t]*([<=>])[ \t]*2[ \t]*[`*]*\.?[`*]*")
 _FENCE = re.compile(r"`{3,}\w*")
 _SECTION = re.compile(r"^>>> begin ([^\n]*)\n.*?^>>> end \1[ \t]*$", flags=re.DOTALL | re.MULTILINE)
-_QUOTES = re.compile(
+INTRODUCES = re.compile(
     r"\b(?:(?:for )?example|e\.g\.?|such as|says|said|reads|writes|wrote|claims|quot\w+|told|tells)\b[^.!?]{0,40}$",
     flags=re.IGNORECASE,
 )
+"""A line that introduces a quotation or an example, so that the next line is none of the judge's own."""
 _COMPARISON = re.compile(r"(?=([12])\s*([<=>!≤≥≠]+)\s*([12]))")
 
 
@@ -94,8 +95,8 @@ def read(answer: str) -> int | None:
     lines = [line for line in lines if line and not _FENCE.fullmatch(line)]
     if not lines or any(line.startswith(">>>") for line in lines):
         return None
-    stated = _in_json("\n".join(lines)) if lines[0].startswith("{") else _LINE.fullmatch(lines[-1])
-    if stated is None or any(_QUOTES.search(line) for line in lines[-2:-1]):
+    stated = _LINE.fullmatch(lines[-1]) or _in_json("\n".join(lines))
+    if stated is None or any(INTRODUCES.search(line) for line in lines[-2:-1]):
         return None
     verdict = VERDICTS[f"1 {stated[1]} 2"]
     said = {_sign(one, relation, other) for one, relation, other in _COMPARISON.findall(spoken) if one != other}
@@ -108,7 +109,8 @@ def _in_json(text: str) -> re.Match[str] | None:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    matches = [_LINE.fullmatch(value.strip()) for value in found.values() if isinstance(value, str)]
+    values = found.values() if isinstance(found, dict) else ()
+    matches = [_LINE.fullmatch(value.strip()) for value in values if isinstance(value, str)]
     verdicts = [match for match in matches if match is not None]
     return verdicts[0] if len(verdicts) == 1 else None
 

@@ -53,6 +53,8 @@ def constants(meanings: Sequence[Fraction], rounded: bool) -> Constant:
 @functools.lru_cache(maxsize=256)
 def parsed(latex: str) -> Expression:
     """The sympy object of a formula. Raises Unreadable."""
+    if ":" in latex:
+        raise Unreadable(f"{latex}: a ratio is no quotient")
     try:
         normal = normalize_latex(_spelled_out(latex), config=_NORMAL)
         found = latex2sympy(

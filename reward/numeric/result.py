@@ -110,6 +110,7 @@ _STATES = re.compile(
     flags=re.IGNORECASE | re.DOTALL,
 )
 _DENIES = re.compile(r"[\s:]*(?:not|never)\b", flags=re.IGNORECASE)
+_DENIED = re.compile(r"(?:\bnot|\bnever|n't)\s*$", flags=re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.?!](?=\s+[A-Z]|\s*\n|\s*$)|\n\s*\n")
 
 
@@ -130,6 +131,10 @@ def _stated(text: str) -> Result | None:
 
 def _last_value(text: str) -> Result:
     found = list(reversed(list(pieces(text))))
+    last = next((place for place, piece in enumerate(found) if piece.is_value), len(found))
+    before = next((piece.text for piece in found[last + 1 :] if piece.text.strip()), "")
+    if _DENIED.search(before):
+        return NOTHING
     parts, listed = _chain(found, loose=True, backwards=True), _chain(found, loose=False, backwards=True)
     return Result(parts=tuple(reversed(parts)), listed=tuple(reversed(listed)))
 

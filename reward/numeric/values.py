@@ -295,12 +295,12 @@ def _structure(text: str) -> Value | None:
     if inner[0] in "([{" and _partner(inner, 0) == len(inner) - 1:
         brackets, inner = inner[0] + inner[-1], inner[1:-1]
     parts = _split(inner, ",;")
-    if len(parts) < 2 and brackets != "{}":
+    if len(parts) < 2 and brackets not in ("{}", "[]"):
         return None
     known = [one for one in map(value, parts) if one is not None]
     if len(known) != len(parts):
         return None
-    return Several(tuple(known), brackets) if brackets else _several(known)
+    return Several(tuple(known), brackets) if brackets and len(known) > 1 else _several(known)
 
 
 def _several(items: Sequence[Value]) -> Value:
@@ -322,8 +322,8 @@ def _several(items: Sequence[Value]) -> Value:
     return different[0] if len(different) == 1 else Several(tuple(different), "")
 
 
-# Words, questions, numbers side by side, times, versions, dates.
-_NO_FORMULA = re.compile(r"[A-Za-z]{4}|\?|(?<![_\d])\d+\s+\d|\d:|:\d|\d\.\d+\.\d|\d-\d+-\d|\d/\d+/\d{4}")
+# Words, questions, numbers side by side, versions, dates.
+_NO_FORMULA = re.compile(r"[A-Za-z]{4}|\?|(?<![_\d])\d+\s+\d|\d\.\d+\.\d|\d-\d+-\d|\d/\d+/\d{4}")
 
 
 def _formula(text: str) -> Formula | None:

@@ -76,6 +76,8 @@ def test_every_reference_of_the_documentation_is_paid_itself(value: Value) -> No
         (r"\frac{2^{2005}+1}{3 \cdot 2^{2006}}", r"\frac{1}{3 \cdot 2^{2006}}"),
         (r"\pm 2021", "2021"),
         (r"1, 2, \ldots, n", r"1, 3, 5, \ldots, 2n-1"),
+        (r"1:2:3:\ldots", r"1:4:9:\ldots"),
+        ("12:00", "1:00"),
         # issues 41, 47, 60, 64 and pull request 81
         ("4", r"4\sqrt(2)"),
         ("1331 and 1728", "1728"),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from reward.verdict import CRITERIA, VERDICTS, messages, read
+from reward.verdict import CRITERIA, INTRODUCES, VERDICTS, messages, read
 from rollout.types import THOUGHT_TAGS, Turn
 
 TURNS = (Turn(role="user", content="How do I boil an egg?"),)
@@ -96,6 +96,8 @@ def test_white_space_inside_does_not_matter() -> None:
         '{"verdict": "1 > 2", "reason": "but 2 > 1 in style"}',
         '{"first": "1 > 2", "second": "1 > 2"}',
         '{"verdict": 1}',
+        '["1 > 2"]',
+        '"1 > 2"',
         '{"verdict": "1 > 2"',
         '{"verdict": "1 > 2"}\nNo.',
         "<think>well</think><think>hm\n1 > 2",
@@ -120,7 +122,7 @@ def test_only_a_last_line_that_is_a_verdict_by_itself_counts(answer: str) -> Non
 
 @given(st.text(st.characters(exclude_characters="<=>≤≥≠")), st.sampled_from(list(VERDICTS)))
 def test_words_without_a_comparison_before_the_verdict_never_change_it(words: str, said: str) -> None:
-    assume(not any(tag in words for pair in THOUGHT_TAGS for tag in pair))
+    assume(not any(tag in words for pair in THOUGHT_TAGS for tag in pair) and not INTRODUCES.search(words.strip()))
     assert read(f"{words}\n{said}") == VERDICTS[said]
     assert read(words) is None
 
