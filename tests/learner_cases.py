@@ -42,7 +42,7 @@ def write_model(folder: Path, family: str, **settings: Any) -> Path:
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.normal_()
     model.save_pretrained(folder)
     return folder

@@ -89,10 +89,13 @@ def blocks_of_separate_experts(model: nn.Module) -> set[type[nn.Module]]:
     return {type(module) for module in model.modules() if isinstance(getattr(module, "experts", None), lists)}
 
 
-def routes_tokens(model: nn.Module) -> bool:
-    """Whether a model sends tokens to experts, by the names of its modules' classes.
+def routes_tokens(hf: Any) -> bool:
+    """Whether a model sends tokens to experts, by the names of its modules' classes or of what its config counts.
 
     How many tokens an expert gets changes the shape of its products, and with it their rounding for each token.
     """
-    names = {type(module).__name__.lower() for module in model.modules()}
-    return any("expert" in name or "moe" in name for name in names)
+    counted = hf.config.get_text_config().to_dict().items()
+    names = {type(module).__name__.lower() for module in hf.modules()}
+    return any("expert" in name or "moe" in name for name in names) or any(
+        "expert" in name and isinstance(value, int) and value > 1 for name, value in counted
+    )

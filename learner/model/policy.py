@@ -211,7 +211,7 @@ class PackedModel(nn.Module, Generic[Out]):
 
         try:
             given = trial(text.vocab_size, longest)
-            found = fault(observe, given, self.shares_prompts, self.hf.dtype, routes_tokens(self))
+            found = fault(observe, given, self.shares_prompts, self.hf.dtype, routes_tokens(self.hf))
         except (torch.OutOfMemoryError, torch.distributed.DistError):
             raise
         except Exception as error:  # noqa: BLE001 - code of any model; what it raises is the reason

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from unittest.mock import patch
 
 from configs.schema import LearnerConfig, ModelConfig, RolloutConfig
 from learner.worker import LearnerRank
+from learner.zero.engine import ZeroEngine
 
 T = TypeVar("T")
 ANSWER_TIMEOUT_S = 300
@@ -69,6 +73,18 @@ class Ranks:
         if not fine:
             raise answer
         return answer
+
+
+@contextmanager
+def beside(
+    rank: LearnerRank, model: str, learner: LearnerConfig, rollout: RolloutConfig, longest: int | None = None
+) -> Iterator[Any]:
+    """In the process of `rank`, which has met the others: a rank of another model. All ranks enter together."""
+    other: Any = LearnerRank(ModelConfig(path=model), learner, rollout, "cpu", 3, longest)
+    with patch.object(ZeroEngine, "_meet"):
+        other.start(rank._rank, rank._world, rank._rank, "127.0.0.1", rank.host()[1], secrets.token_hex(16))
+    yield other
+    other._publisher.close()
 
 
 def _serve(

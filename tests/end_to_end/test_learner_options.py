@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import multiprocessing
+import random
 import socket
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
-from configs.objectives import Correction, DpoObjective, GraoObjective, GrpoObjective
-from configs.schema import ModelConfig
+from configs.objectives import Correction, DpoObjective, GraoObjective, GrpoObjective, SftObjective
+from configs.schema import LearnerConfig, ModelConfig
 from learner.errors import LearnerError
 from learner.worker import LearnerRank
-from tests.end_to_end.ranks import Ranks
-from tests.end_to_end.reference import Reference, random_step
+from reward.types import ScoredGroup
+from tests.end_to_end.ranks import Ranks, beside
+from tests.end_to_end.reference import Reference, random_group, random_step
 from tests.end_to_end.test_learner import (
     LEARNER,
     OBJECTIVE,
@@ -26,6 +31,7 @@ from tests.end_to_end.test_learner import (
     relative,
     started,
 )
+from tests.learner_cases import write_model
 
 
 def test_ranks_that_share_micro_batches(odd_model: Path, tmp_path: Path) -> None:
@@ -46,6 +52,55 @@ def test_ranks_that_share_micro_batches(odd_model: Path, tmp_path: Path) -> None
             assert_first_step(run, objective, tmp_path / name)
         check_steps(run, tmp_path)
         check_log_ratios(run)
+        run.reset()
+        assert set().union(*run.ranks.call(timeouts)) == {timedelta(seconds=LEARNER.step_timeout_s)}
+        copied = run.ranks.call(copied_to_host)
+        assert copied[0] > 0, "rank 0 writes an export"
+        assert copied[1] == 0, "the others only take part"
+        check_rotary_of_long_rows(run, tmp_path)
+
+
+def timeouts(rank: LearnerRank) -> set[timedelta]:
+    """Of every group of ranks, DeepSpeed's own and those that share a sequence too."""
+    assert len({id(rank._engine.model._zero.dp_process_group), id(rank._engine.sequence.process_group)}) == 2  # type: ignore[union-attr]
+    groups = torch.distributed.distributed_c10d._world.pg_map
+    assert len(groups) >= 3
+    return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+
+
+def copied_to_host(rank: LearnerRank) -> int:
+    return len(list(rank._engine.model.gather_to_host()))
+
+
+def check_rotary_of_long_rows(run: Run, tmp_path: Path) -> None:
+    """Frequencies that transformers chooses by the largest position it sees are the same on ranks that share a row."""
+    long = {"short_factor": [1.0] * 8, "long_factor": [4.0 + k for k in range(8)]}
+    rotary = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 12, **long}
+    model = write_model(
+        tmp_path / "phi3", "phi3", rope_parameters=rotary, original_max_position_embeddings=12, vocab_size=512,
+        num_key_value_heads=2, num_attention_heads=2,
+    )  # fmt: skip
+    objective = SftObjective(name="sft")
+    row = random_group(0, random.Random(3), samples=2)
+    answer = tuple(random.Random(4).randrange(512) for _ in range(40))
+    step = [replace(row, group=replace(row.group, prompt=replace(row.group.prompt, reference_ids=answer)))]
+    learner = LEARNER.model_copy(update={"objective": objective, "ranks": 2})
+    found = [
+        run.ranks.call(norm_of_a_step, str(model), learner.model_copy(update={"sequence_ranks": size}), step, longest)
+        for size in (1, 2)
+        for longest in (None, 60)
+    ]
+    short, long_ones = ([norms[0] for norms in found[k::2]] for k in (0, 1))
+    assert short[0] == pytest.approx(short[1], rel=1e-5)
+    assert long_ones[0] == pytest.approx(long_ones[1], rel=1e-5)
+    assert long_ones[0] != pytest.approx(short[0], rel=1e-3)
+
+
+def norm_of_a_step(
+    rank: LearnerRank, model: str, learner: LearnerConfig, groups: list[ScoredGroup], longest: int | None
+) -> float:
+    with beside(rank, model, learner, ROLLOUT, longest) as other:
+        return other.train_step(1, groups).grad_norm
 
 
 def test_an_optimizer_in_host_memory_makes_the_same_steps(odd_model: Path, tmp_path: Path) -> None:
