@@ -71,8 +71,8 @@ def test_whole_layers_are_gathered_and_those_that_share_parameters_are_not(ranks
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_large_models_layers_are_there_when_they_are_due(tied: bool, ranks: Ranks, tmp_path: Path) -> None:
     """As if nothing of it fitted: whole layers ahead. And the replay, which speaks for real sizes, counts the same."""
-    settings = {"num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 192, "num_key_value_heads": 4}
-    settings |= {"vocab_size": 512, "tie_word_embeddings": tied}
+    settings = {"num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4}
+    settings |= {"num_key_value_heads": 4, "vocab_size": 512, "tie_word_embeddings": tied}
     model = str(write_model(tmp_path / "model", "llama", **settings))
     replayed = outline("llama", **settings)
     sizes = sizes_of(replayed)
