@@ -38,6 +38,7 @@ peer: install  ## TRL for benchmarks/versus_trl.py, into .peer (it needs nothing
 bench: install $(MODEL)/config.json peer  ## every benchmark with its table; an hour or more on 2 cores
 	@$(BIN)/python -m benchmarks.learner --shape hh --json runs/bench/learner-hh.json
 	@$(BIN)/python -m benchmarks.learner --shape gsm8k --json runs/bench/learner-gsm8k.json
+	@$(BIN)/python -m benchmarks.plan --json runs/bench/plan.json
 	@$(BIN)/python -m benchmarks.head --json runs/bench/head.json
 	@$(BIN)/python -m benchmarks.memory --json runs/bench/memory.json
 	@$(BIN)/python -m benchmarks.zero3 --ranks 1 --json runs/bench/zero3.json

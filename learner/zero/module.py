@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -132,12 +132,12 @@ class ZeroModule(Generic[Out]):
 
     def shares(self) -> list[Share]:
         """What this rank holds of each parameter, in named order; tied parameters once."""
-        return [share_of(name, tuple(parameter.ds_shape), self._rank, self._world) for name, parameter in self._named()]
+        return list(self._shares)
 
     def slices(self) -> list[torch.Tensor]:
         """This rank's slice of each parameter as it computes with it, flat, in the order of `shares`; not copies."""
-        counts = [share.count for share in self.shares()]
-        return [parameter.ds_tensor.data[:count] for (_, parameter), count in zip(self._named(), counts, strict=True)]
+        named = zip(self._named(), self._shares, strict=True)
+        return [parameter.ds_tensor.data[: share.count] for (_, parameter), share in named]
 
     def gather(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole parameters one after the other, each only until the next is asked for. Iterate to the end."""
@@ -192,6 +192,11 @@ class ZeroModule(Generic[Out]):
 
     def close(self) -> None:
         self._engine.destroy()
+
+    @cached_property
+    def _shares(self) -> tuple[Share, ...]:
+        """Worked out once: asked for at every version that is published."""
+        return tuple(share_of(name, tuple(one.ds_shape), self._rank, self._world) for name, one in self._named())
 
     @property
     def _zero(self) -> Any:

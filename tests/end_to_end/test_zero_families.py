@@ -7,6 +7,7 @@ way would lose a part of its own. One process starts one model after the other.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from deepspeed.utils import z3_leaf_module
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.objectives import PpoObjective, RewardModelObjective
-from configs.schema import LearnerConfig
+from configs.schema import LearnerConfig, ModelConfig
 from learner.attention.shared import ModelError
 from learner.model.policy import build_model
 from learner.types import RankReport
@@ -80,8 +81,8 @@ def test_whole_layers_are_gathered_and_those_that_share_parameters_are_not(ranks
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_large_models_layers_are_there_when_they_are_due(tied: bool, ranks: Ranks, tmp_path: Path) -> None:
     """As if nothing of it fitted: whole layers ahead. And the replay, which speaks for real sizes, counts the same."""
-    settings = {"num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 192, "num_key_value_heads": 4}
-    settings |= {"vocab_size": 512, "tie_word_embeddings": tied}
+    settings = {"num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4}
+    settings |= {"num_key_value_heads": 4, "vocab_size": 512, "tie_word_embeddings": tied}
     model = str(write_model(tmp_path / "model", "llama", **settings))
     replayed = outline("llama", **settings)
     sizes = sizes_of(replayed)

