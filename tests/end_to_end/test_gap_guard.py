@@ -38,11 +38,15 @@ class Faults:
         self.gaps: dict[str, float] = {}
 
     async def first(self) -> None:
-        """Begin as a run does, whatever was before."""
+        """Begin with the first version."""
+        self.forget()
+        await self.run.make_live(self._version)
+
+    def forget(self) -> None:
+        """Whatever was before: a run that nobody has looked at."""
         self.said.clear()
         self.run.guard = GapGuard(self.run.config, self.run.prompts.train, None, self.said.append)
         self.run.rollouts._guard = self.run.guard
-        await self.run.make_live(self._version)
 
     def set(self, fault: str) -> None:
         self._file.write_text(fault)
@@ -137,8 +141,7 @@ async def test_every_fault_is_noticed_in_float32(
         assert "tokens that it sampled" in line
         await living.heal()
         living.set(TEMPERATURE)
-        await living.first()
-        living.run.report.note = living.said.append  # type: ignore[method-assign]
+        living.forget()
         with pytest.raises(ExceptionGroup) as caught:
             await train(living.run)
         assert "rollout worker 1 at version 0: " in str(first_cause(caught.value))

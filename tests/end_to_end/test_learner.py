@@ -319,7 +319,7 @@ def left_by_a_forward_pass(rank: LearnerRank) -> tuple[bool, list[str]]:
         for name, parameter in module._named()
         if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE and not parameter.ds_persist
     ]
-    return module._zero.parameter_offload.get_param_coordinator().is_complete_trace(), gathered
+    return not module._zero.parameter_offload.get_param_coordinator().is_invalid_trace(), gathered
 
 
 def test_given_tokens_are_answered_between_updates_and_nothing_is_left_of_it(run: Run, tmp_path: Path) -> None:
