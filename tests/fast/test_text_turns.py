@@ -240,3 +240,9 @@ def test_a_row_without_a_reference_is_its_prompt() -> None:
     assert [made.decode(one.reference_ids) for one in found] == ["", "5<|im_end|>", ""]
     assert [one.rejected_ids and made.decode(one.rejected_ids) for one in found] == [None, None, "6<|im_end|>"]
     assert len({one.token_ids for one in found}) == 1
+
+
+def test_an_answer_in_which_samples_would_end_earlier_is_named() -> None:
+    odd = CHATML.replace("{{ m.content }}", "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ m.content }}")
+    found = tried(encoder(byte_tokenizer(odd, IM)))
+    assert str(found) == "an answer has a token at which samples end before it has ended"
