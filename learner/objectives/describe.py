@@ -35,7 +35,7 @@ def describe_corrections(config: Config) -> tuple[str, ...]:
     if rollout.top_p < 1:
         lines.append(
             f"rollout.top_p is {rollout.top_p:g}: tokens outside the nucleus are never sampled, and the loss takes the"
-            f" others as they come, uncorrected; gap/* has up to {-math.log(rollout.top_p):.2g} nats of it"
+            f" others as they come, uncorrected; gap/trained_* has up to {-math.log(rollout.top_p):.2g} nats of it"
         )
     return tuple(lines)
 

@@ -53,7 +53,7 @@ def test_truncated_sampling_without_a_comparison_is_said(overrides: list[str]) -
         assert lines == ()  # its answers in evaluations are sampled without truncation
     else:
         assert "rollout.top_p is 0.7: tokens outside the nucleus are never sampled" in lines[-1]
-        assert "gap/* has up to 0.36 nats of it" in lines[-1]
+        assert "gap/trained_* has up to 0.36 nats of it" in lines[-1]
 
 
 @pytest.mark.parametrize("name", ["grao", "grpo", "ppo"])
