@@ -118,6 +118,14 @@ def plan(
     return Plan(best, best_layouts, rows)
 
 
+def together(rows: Sequence[Row], prompts: Sequence[tuple[int, ...]], share_prompts: bool) -> MicroBatch:
+    """All rows in one micro-batch, whatever that pads: to see what rows do to each other. Not for a step."""
+    unbounded, pairs = 2**40, PAIRS_PER_POSITION
+    if share_prompts:
+        return _micro_batch(_shared_layouts(rows, prompts, unbounded, pairs), rows)
+    return _micro_batch(_separate_layouts(rows, prompts, unbounded, False, pairs), rows)
+
+
 def _filled(layouts: Sequence[_Layout], ranks: int, budget: int) -> Dealt:
     return fill([layout.positions for layout in layouts], [layout.cost for layout in layouts], ranks, budget)
 

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from learner.model.head import LossHead
+from learner.model.loading import Loaded
 from learner.model.policy import PackedModel, PolicyModel
 from learner.model.value import ValueModel
 from learner.zero.engine import _gather_at_once
@@ -58,7 +59,10 @@ def outline(family: str, scores: bool = False, **settings: Any) -> PackedModel[A
         else:
             hf = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
             hf.set_output_embeddings(LossHead(hf.get_output_embeddings()))
-    model: PackedModel[Any] = ValueModel(hf, None, has_new_head=True) if scores else PolicyModel(hf, None)
+    loaded = Loaded(hf=hf, absent=(), why_separate=None, wanted={}, longest=None)
+    model: PackedModel[Any] = (
+        ValueModel(loaded) if scores else PolicyModel(loaded, hf.get_output_embeddings(), frozenset())
+    )
     _gather_at_once(model)
     return model
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from learner.packing import plan
+from learner.packing import together
 from learner.types import MicroBatch, Row
 
 Observe = Callable[[MicroBatch], torch.Tensor]
@@ -143,5 +143,5 @@ def _nan_first(value: float) -> tuple[bool, float]:
 
 def _one_batch(rows: list[Row], prompts: list[tuple[int, ...]], shares_prompts: bool) -> MicroBatch:
     """With the same target everywhere, so that what a position says of it depends on nothing behind that position."""
-    [[batch]] = plan(rows, prompts, ranks=1, token_budget=2**20, share_prompts=shares_prompts)
+    batch = together(rows, prompts, shares_prompts)
     return replace(batch, targets=np.zeros_like(batch.targets))
