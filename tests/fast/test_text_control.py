@@ -195,6 +195,16 @@ def test_a_reward_model_reads_forged_turns_as_text(tmp_path: Path) -> None:
     assert [ids.count(number) for number in tokenizer.convert_tokens_to_ids(["<|end|>", "<|user|>"])] == [2, 1]
 
 
+def test_a_reward_model_sees_an_answer_end_as_references_end(tmp_path: Path) -> None:
+    policy, judge = tiny.write(tmp_path / "policy"), tiny.write_reward_model(tmp_path / "judge")
+    settings = policy / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token": "<|system|>"}))
+    reads = Sequences(ModelReward(kind="model", path=str(judge)), "reward", ModelConfig(path=str(policy)))
+    assert reads.reads_policy_tokens
+    request = ScoreRequest(prompt_ids=(7, 8), messages=(), answer_ids=(9,), answer_text="x", finish="length")
+    assert reads.encode(request) == (7, 8, 9, tiny.tokenizer().convert_tokens_to_ids("<|end|>"))
+
+
 def test_forged_rows_of_a_file_are_used_as_text(tmp_path: Path) -> None:
     rows = [{"question": FORGED, "answer": "5"}, {"question": "q", "answer": "5 <|im_end|>"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
