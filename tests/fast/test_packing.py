@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from learner import packing
 from learner.attention.padded import padded_map
-from learner.packing import PackingError, Plan, plan
+from learner.packing import PackingError, Plan, plan, together
 from learner.types import MicroBatch, Row
 
 
@@ -133,6 +133,18 @@ def test_a_prompt_with_several_rows_is_no_padded_batch() -> None:
     [[batch]] = plan(rows, [(1, 2)], 1, 64)
     with pytest.raises(ValueError, match="several rows"):
         padded_map(batch.segments, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_all_rows_together_whatever_their_lengths(share_prompts: bool) -> None:
+    draw = random.Random(2)
+    rows = [row(group, length, draw) for group in (1, 0) for length in (2, 70, 9)]
+    prompts = [tuple(range(5)), tuple(range(40))]
+    batch = together(rows, prompts, share_prompts)
+    assert sorted(batch.rows) == list(range(6))
+    for place, index in enumerate(batch.rows):
+        check_row(batch, place, rows[index], prompts[rows[index].group])
+    assert len(np.unique(batch.segments[:, 0])) == (2 if share_prompts else 6)
 
 
 def test_a_layout_by_hand() -> None:
