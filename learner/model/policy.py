@@ -117,6 +117,10 @@ def _nothing() -> None:
     pass
 
 
+def _same(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers
+
+
 class PackedModel(nn.Module, Generic[Out]):
     """A model over packed micro-batches: `forward` takes a micro-batch and gives `Out`.
 
@@ -181,24 +185,35 @@ class PackedModel(nn.Module, Generic[Out]):
         check(self.hf, self._wanted)
 
     def check_isolation(
-        self, device: torch.device, kernel: AttentionKernel = "auto", forget: Callable[[], None] = _nothing
+        self,
+        device: torch.device,
+        kernel: AttentionKernel = "auto",
+        forget: Callable[[], None] = _nothing,
+        agree: Callable[[torch.Tensor], torch.Tensor] = _same,
     ) -> None:
         """Make sure that a row's numbers do not change with what is computed beside it (learner/model/isolation.py).
 
         Catches what no look at the config can: code that passes state between positions beside attention, counts
         positions itself, or cannot be run with our attention at all. Such a model computes each sequence by itself from
-        then on, which is tried in the same way. A few tiny forward passes; under ZeRO-3 every rank must call it, and
-        `forget` ends a pass that failed halfway. Raises ModelError where not even that helps.
+        then on, which is tried in the same way. A few tiny forward passes; under ZeRO-3 every rank must call it,
+        `forget` ends a pass that failed halfway, and `agree` makes of all ranks' numbers those that all decide by.
+        Raises ModelError where not even that helps.
         """
-        why = self._why_not(device, kernel, forget)
+        why = self._why_not(device, kernel, forget, agree)
         if why is not None and self.shares_prompts and self.hf._can_set_attn_implementation():
             self.why_separate = why
             self.hf.set_attn_implementation("sdpa" if self.hf._supports_sdpa else "eager")
-            why = self._why_not(device, kernel, forget)
+            why = self._why_not(device, kernel, forget, agree)
         if why is not None:
             raise ModelError(f"model.path: {self.hf.config.model_type} {why}; use another model")
 
-    def _why_not(self, device: torch.device, kernel: AttentionKernel, forget: Callable[[], None]) -> str | None:
+    def _why_not(
+        self,
+        device: torch.device,
+        kernel: AttentionKernel,
+        forget: Callable[[], None],
+        agree: Callable[[torch.Tensor], torch.Tensor],
+    ) -> str | None:
         """Why rows cannot be computed as they are to be, after the model's type; None where they can."""
         text = self.hf.config.get_text_config()
         longest = min(
@@ -207,7 +222,7 @@ class PackedModel(nn.Module, Generic[Out]):
 
         def observe(batch: MicroBatch) -> torch.Tensor:
             with torch.no_grad():
-                return self.observe(to_tensors(batch, device, self.shares_prompts, kernel)).float().cpu()
+                return agree(self.observe(to_tensors(batch, device, self.shares_prompts, kernel)).float()).cpu()
 
         try:
             given = trial(text.vocab_size, longest)

@@ -27,6 +27,9 @@ def shell_of(
         made: PreTrainedModel = auto.from_config(
             copy.deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=own_code
         )
+    # from_pretrained makes buffers once more when weights are there, outside of the context for the parameters' type,
+    # in which some families' positions come out rounded
+    made.initialize_weights()
     return made
 
 

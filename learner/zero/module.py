@@ -76,7 +76,7 @@ class ZeroModule(Generic[Out]):
         self._values_only = _fresh_copy(self._zero.parameter_offload.get_param_coordinator()) if train else None
         """What DeepSpeed knows of forward passes without backward."""
         with self._without_backward():
-            model.check_isolation(device, learner.attention, self._forget_forward)
+            model.check_isolation(device, learner.attention, self._forget_forward, _of_first_rank)
 
     @property
     def why_separate(self) -> str | None:
@@ -260,6 +260,13 @@ class ZeroModule(Generic[Out]):
     def _named(self) -> Iterator[tuple[str, Any]]:
         for name, parameter in self._model.named_parameters():
             yield name.removeprefix(PREFIX), parameter
+
+
+def _of_first_rank(numbers: torch.Tensor) -> torch.Tensor:
+    """Rank 0's, on every rank: one that went another way would leave the others waiting in a collective."""
+    shared = numbers.contiguous()
+    torch.distributed.broadcast(shared, 0)
+    return shared
 
 
 def _to_host(output: Out) -> Out:

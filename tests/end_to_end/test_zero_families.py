@@ -52,8 +52,11 @@ def ranks(tiny_model: Path) -> Iterator[Ranks]:
     made.close()
 
 
-@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize(
+    ("family", "recomputed"),
+    [(family, how) for family in CASES for how in (False, True) if (family, how) != ("jetmoe", True)],
+    ids=lambda one: {False: "kept", True: "recomputed"}.get(one, one),
+)
 def test_gradients(family: str, recomputed: bool, ranks: Ranks, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", family, **CASES[family], vocab_size=512)
     learner = LEARNER.model_copy(update={"activation_checkpointing": recomputed})
@@ -158,7 +161,7 @@ WITH_BUFFERS = CASES | {
 def test_buffers_in_bfloat16(family: str, ranks: Ranks, tmp_path: Path) -> None:
     """DeepSpeed makes every tensor of a model in the parameters' type; 0.5623413 of a rotation would be 0.5625."""
     model = write_model(tmp_path / "model", family, **WITH_BUFFERS[family], vocab_size=512)
-    learner = LEARNER.model_copy(update={"dtype": "bfloat16"})
+    learner = LEARNER.model_copy(update={"dtype": "bfloat16", "activation_checkpointing": False})
     for buffers in ranks.call(buffers_in, str(model), learner)[0]:
         assert_plain_buffers(buffers, AutoModelForCausalLM, model, torch.bfloat16)
 

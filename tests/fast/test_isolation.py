@@ -36,7 +36,7 @@ def hook(policy: PolicyModel, change: Any) -> None:
     policy.hf.model.layers[0].register_forward_hook(lambda _, __, output: change(output))
 
 
-@pytest.mark.parametrize("part", [0.001, 0.05, 1.0])
+@pytest.mark.parametrize("part", [0.001, 1.0])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_layer_that_adds_a_part_of_its_left_neighbour(folder: Path, dtype: Dtype, part: float) -> None:
     """In bfloat16 a whole neighbour moves a log-probability by half a nat, and rounding by a tenth of that."""

@@ -59,7 +59,7 @@ def build(folder: Path, case: str, longest: int | None) -> PolicyModel:
     return build_model(str(write_model(folder, family, **settings)), "float32", False, False, longest)
 
 
-@pytest.mark.parametrize("longest", [None, ORIGINAL, ORIGINAL + 1])
+@pytest.mark.parametrize("longest", [ORIGINAL, ORIGINAL + 1])
 @pytest.mark.parametrize("case", CASES)
 def test_frequencies_and_factor_are_the_engines(case: str, longest: int | None, tmp_path: Path) -> None:
     policy = build(tmp_path, case, longest)
@@ -79,7 +79,7 @@ def test_frequencies_and_factor_are_the_engines(case: str, longest: int | None, 
 
 
 @pytest.mark.parametrize("longest", [None, 80])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["phi3", "llama dynamic", "gemma3"])
 def test_a_row_does_not_depend_on_a_long_one_beside_it(case: str, longest: int | None, tmp_path: Path) -> None:
     policy, draw = build(tmp_path, case, longest), random.Random(0)
 

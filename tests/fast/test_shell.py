@@ -38,9 +38,13 @@ def described(folder: Path, family: str, **settings: Any) -> Path:
 
 
 KNOWN = dict(FAMILIES + SEPARATE + FOUND_OUT)
+TRIED = (
+    "nemotron", "mimo_v2_flash", "granite_swa", "llama4_text", "jetmoe", "mamba", "bloom", "mpt", "gemma3_text",
+    "deepseek_v3", "gpt_oss",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("family", KNOWN)
+@pytest.mark.parametrize("family", TRIED)
 def test_models_that_can_be_trained_pass_without_their_weights(family: str, tmp_path: Path) -> None:
     """Also those without a longest sequence (mamba, bloom) or with another name for it (mpt)."""
     given = config(described(tmp_path, family, **KNOWN[family]), activation_checkpointing=family != "jetmoe")
@@ -93,8 +97,8 @@ def test_a_model_that_takes_fewer_tokens_is_refused(tmp_path: Path) -> None:
 
 def test_what_a_loss_reaches() -> None:
     """Keys and values of layers that take those of an earlier layer are nobody's; all experts are somebody's."""
-    for family, settings in KNOWN.items():
-        found, names = reached_in(family, settings)
+    for family in TRIED:
+        found, names = reached_in(family, KNOWN[family])
         assert found == {name for name in names if "lm_head" not in name and "output" not in name.split(".")}, family
     shared = {"layer_types": ["full_attention"] * 3, "num_hidden_layers": 3, "num_kv_shared_layers": 2, "head_dim": 8}
     found, names = reached_in("gemma4_text", {**shared, "global_head_dim": 8, "hidden_size_per_layer_input": 0})
