@@ -58,6 +58,7 @@ def test_ranks_that_share_micro_batches(odd_model: Path, tmp_path: Path) -> None
         assert copied[0] > 0, "rank 0 writes an export"
         assert copied[1] == 0, "the others only take part"
         check_rotary_of_long_rows(run, tmp_path)
+        check_a_first_pass_that_fails(run, tmp_path)
 
 
 def timeouts(rank: LearnerRank) -> set[timedelta]:
@@ -94,6 +95,25 @@ def check_rotary_of_long_rows(run: Run, tmp_path: Path) -> None:
     assert short[0] == pytest.approx(short[1], rel=1e-5)
     assert long_ones[0] == pytest.approx(long_ones[1], rel=1e-5)
     assert long_ones[0] != pytest.approx(short[0], rel=1e-3)
+
+
+def check_a_first_pass_that_fails(run: Run, tmp_path: Path) -> None:
+    """In the middle of a layer whose parameters are gathered: both ranks go on, with each sequence by itself."""
+    model = write_model(tmp_path / "nemotron", "nemotron", vocab_size=512)
+    learner = LEARNER.model_copy(update={"ranks": 2})
+    _, norm, _ = Reference(model, learner, ROLLOUT).step(1, random_step(5))
+    assert run.ranks.call(norm_of_a_step, str(model), learner, random_step(5), None) == pytest.approx(
+        [norm] * 2, rel=1e-5
+    )
+    refused = run.ranks.call(refusal, str(model), LEARNER.model_copy(update={"ranks": 2, "sequence_ranks": 2}))
+    assert refused[0] == refused[1]
+    assert refused[0].startswith("learner.sequence_ranks is 2, but nemotron cannot be run where prompts are shared (")
+
+
+def refusal(rank: LearnerRank, model: str, learner: LearnerConfig) -> str:
+    with pytest.raises(LearnerError) as caught, beside(rank, model, learner, ROLLOUT):
+        pass
+    return str(caught.value)
 
 
 def norm_of_a_step(
