@@ -7,22 +7,23 @@ import io
 import os
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from omegaconf import DictConfig
 from rich.console import Console
 
 from cluster.record.encoding import FINE, PLAIN, Marks, pieces, show
 from cluster.run.outlook import Line, about_data, about_needs, about_run
-from cluster.run.preflight import check_model
 from cluster.run.session import preflight
 from cluster.run.stages import check_stages
+from cluster.workers.placement import this_machine
 from configs.load import ConfigError, parse, resolved
 from configs.schema import Config
 from configs.stages import is_staged, parse_stages
 from reward.trial import Trial, try_rewards
 from reward.worker import RewardError
 from rollout.data.prompts import PromptSet
+from rollout.text.tokenizer import load_tokenizer
 from rollout.types import Prompt
 
 LABEL = 13
@@ -72,7 +73,7 @@ def _report(
         _show_prompt(page, config, prompts, show_prompt)
     page.title("Run")
     page.lines(about_run(config, prompts))
-    page.lines(about_needs(config, None if config.cluster.address or "RAY_ADDRESS" in os.environ else [_here()]))
+    page.lines(about_needs(config, None if config.cluster.address or "RAY_ADDRESS" in os.environ else [this_machine()]))
     if config.reward is not None and config.needs_samples and not (earlier is not None and _same(earlier, config)):
         _try_rewards(page, config, prompts)
 
@@ -88,7 +89,7 @@ def _show_prompt(page: Page, config: Config, prompts: PromptSet, wanted: str | N
     found = next((prompt for prompt in every if wanted in (None, prompt.id)), None)
     if found is None:
         raise ConfigError(f"--prompt '{wanted}' is none of this run's prompts; their ids are like '{every[0].id}'")
-    tokenizer = check_model(config)
+    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     marks = page.marks
     page.title(f"Prompt {found.id} as the model sees it")
     page.text(
@@ -151,13 +152,6 @@ def _table(config: Config, trials: Sequence[Trial]) -> list[str]:
         )
         for row in rows
     ]
-
-
-def _here() -> Mapping[str, float]:
-    """What a Ray of our own would find on this machine."""
-    import torch
-
-    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
 
 
 class Page:

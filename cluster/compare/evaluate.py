@@ -11,7 +11,6 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -21,13 +20,13 @@ from cluster.record.estimates import Estimate
 from cluster.record.files import write_whole
 from cluster.record.heldout import by_prompt, estimates, heldout_sampling
 from cluster.run.parts import Rewards, Rollouts, answer
-from cluster.run.preflight import check_all_rewards, check_folder, check_model, check_text, unusable_rows
+from cluster.run.preflight import check_all_rewards, check_folder, check_model, read_prompts
 from cluster.run.signals import cancel_on_signals
 from cluster.workers.placement import Cluster
 from configs.load import ConfigError
 from configs.schema import Config
 from reward.types import ScoredGroup
-from rollout.data.prompts import PromptSet, load_prompts
+from rollout.data.prompts import PromptSet
 from rollout.types import Prompt
 
 ROWS = {
@@ -107,9 +106,7 @@ def _check(config: Config, models: Sequence[str]) -> list[Prompt]:
         tokenizer = check_model(one, room=1)
         if found is None:
             check_all_rewards(config)
-        needs = config.needs_references
-        settings, unusable = check_text(one, tokenizer), partial(unusable_rows, config)
-        prompts = load_prompts(config.data, tokenizer, config.run.seed, settings, unusable, needs)
+        prompts = read_prompts(one, tokenizer)
         if found is not None and prompts.heldout != found.heldout:
             raise ConfigError(f"model '{path}' turns the prompts into other tokens than '{models[0]}'; compare apart")
         found = prompts

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rollout.text.tokenizer import plain_text
+from rollout.text.turns import control_tokens
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -41,7 +44,7 @@ class Piece:
 
 def pieces(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[Piece]:
     """The tokens in order; their texts together are what the tokens decode to."""
-    control = _control_ids(tokenizer)
+    control = frozenset(control_tokens(tokenizer).values())
     found: list[Piece] = []
     start = 0
     for end in range(1, len(token_ids) + 1):
@@ -77,14 +80,5 @@ def _escaped(character: str) -> str:
 def _text_of(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], start: int, end: int) -> str:
     """What the tokens from `start` to `end` add to the text."""
     first = max(0, start - CONTEXT)
-    before, after = (_decode(tokenizer, token_ids[first:stop]) for stop in (start, end))
-    return after[len(before) :] if after.startswith(before) else _decode(tokenizer, token_ids[start:end])
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset(added | set(tokenizer.all_special_ids))
+    before, after = (plain_text(tokenizer, list(token_ids[first:stop])) for stop in (start, end))
+    return after[len(before) :] if after.startswith(before) else plain_text(tokenizer, list(token_ids[start:end]))

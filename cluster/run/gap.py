@@ -117,11 +117,13 @@ def given_tokens(prompts: Sequence[Prompt], config: Config) -> tuple[int, ...]:
 
 
 def gap_between(engine: Sequence[float], learner: Sequence[float]) -> Gap:
-    """Of two [T] sequences of log-probabilities."""
+    """Of two [T] sequences of log-probabilities; one token alone proves nothing."""
+    count = len(learner)
     with np.errstate(invalid="ignore"):  # infinite ones are a fault, and found as such
         difference = np.abs(np.array(engine) - np.array(learner))
-        mean, spread = float(difference.mean()), float(difference.std(ddof=1))
-    return Gap(mean=mean, error=spread / math.sqrt(len(difference)), tokens=len(difference))
+        mean = float(difference.mean())
+        error = float(difference.std(ddof=1)) / math.sqrt(count) if count > 1 else math.inf
+    return Gap(mean=mean, error=error, tokens=count)
 
 
 def gap_of_rows(sums: Sequence[float], tokens: Sequence[int]) -> Gap:

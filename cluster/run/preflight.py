@@ -16,7 +16,7 @@ from learner.preflight import check_trainable, longest_sequence_of
 from reward.model import check_reward_models
 from reward.references import unusable_references
 from reward.worker import check_rewards
-from rollout.data.prompts import PromptSet
+from rollout.data.prompts import PromptSet, load_prompts
 from rollout.text.tokenizer import load_tokenizer, same_tokens, write_tokenizer
 from rollout.text.turns import ChatSettings, chat_settings
 from rollout.types import Prompt
@@ -113,9 +113,17 @@ def check_all_rewards(config: Config) -> None:
         check_reward_models(config.reward, config.model, config.longest_sequence)
 
 
-def unusable_rows(config: Config, prompts: Sequence[Prompt]) -> Mapping[str, str]:
-    """Prompts whose reference answer a reward of this run cannot use, by id, and why; after check_all_rewards."""
-    return {} if config.reward is None else unusable_references(config.reward, config.model, prompts)
+def read_prompts(config: Config, tokenizer: Any) -> PromptSet:
+    """The prompts, without rows whose reference a reward of this run cannot use; after check_all_rewards.
+
+    Raises ConfigError, DataError or RewardError.
+    """
+
+    def unusable(prompts: Sequence[Prompt]) -> Mapping[str, str]:
+        return {} if config.reward is None else unusable_references(config.reward, config.model, prompts)
+
+    settings = check_text(config, tokenizer)
+    return load_prompts(config.data, tokenizer, config.run.seed, settings, unusable, config.needs_references)
 
 
 def check_pairs(config: Config, prompts: PromptSet) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from cluster.record.files import write_whole
@@ -22,8 +21,7 @@ from cluster.run.preflight import (
     check_learner,
     check_model,
     check_pairs,
-    check_text,
-    unusable_rows,
+    read_prompts,
 )
 from cluster.run.queue import Position
 from cluster.run.signals import cancel_on_signals
@@ -31,7 +29,7 @@ from cluster.run.state import RunState, check_data, compare
 from configs.load import ConfigError, as_tree, fingerprint, parse, read_yaml, resolved
 from configs.schema import Config
 from learner.objectives.describe import describe_corrections
-from rollout.data.prompts import PromptSet, load_prompts
+from rollout.data.prompts import PromptSet
 
 
 def preflight(config: Config) -> PromptSet:
@@ -43,9 +41,7 @@ def preflight(config: Config) -> PromptSet:
     tokenizer = check_model(config)
     check_learner(config)
     check_all_rewards(config)
-    settings, unusable = check_text(config, tokenizer), partial(unusable_rows, config)
-    needs = config.needs_references
-    prompts = load_prompts(config.data, tokenizer, config.run.seed, settings, unusable, needs)
+    prompts = read_prompts(config, tokenizer)
     check_pairs(config, prompts)
     return prompts
 

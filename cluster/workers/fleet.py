@@ -89,16 +89,12 @@ class Fleet(Generic[W]):
         """The answer of the least loaded worker. A dead or silent worker's call is made again on another one."""
         while True:
             seat = await self._take_seat()
-            worker = seat.worker
-            assert worker is not None
             try:
-                return await within(limit, call(worker))
-            except Exception as error:
-                if not self._is_lost(error):
-                    raise
-                await self._replace(seat, worker, error)
+                answered = await self._ask(seat, call, limit)
             finally:
                 await self._leave(seat)
+            if answered:
+                return answered[0]
 
     async def everywhere(self, call: Callable[[W], Awaitable[Answer]], limit: Limit | None = None) -> list[Answer]:
         """The answers of all workers, by seat. A worker that dies or stays silent is replaced and asked again."""
@@ -106,14 +102,9 @@ class Fleet(Generic[W]):
         async def at(seat: _Seat[W]) -> Answer:
             while True:
                 await self._until_ready(seat)
-                worker = seat.worker
-                assert worker is not None
-                try:
-                    return await within(limit, call(worker))
-                except Exception as error:
-                    if not self._is_lost(error):
-                        raise
-                    await self._replace(seat, worker, error)
+                answered = await self._ask(seat, call, limit)
+                if answered:
+                    return answered[0]
 
         return list(await asyncio.gather(*(at(seat) for seat in self._seats)))
 
@@ -124,6 +115,20 @@ class Fleet(Generic[W]):
             seat.ready.clear()
             seat.worker = None
         await asyncio.gather(*(worker.close() for worker in workers))
+
+    async def _ask(
+        self, seat: _Seat[W], call: Callable[[W], Awaitable[Answer]], limit: Limit | None
+    ) -> tuple[Answer] | None:
+        """The answer of the seat's worker; None where it was lost, and by now has been replaced."""
+        worker = seat.worker
+        assert worker is not None
+        try:
+            return (await within(limit, call(worker)),)
+        except Exception as error:
+            if not self._is_lost(error):
+                raise
+            await self._replace(seat, worker, error)
+            return None
 
     def _is_lost(self, error: BaseException) -> bool:
         return isinstance(error, Silence) or self._is_death(error)

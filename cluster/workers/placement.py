@@ -30,6 +30,13 @@ class PlacementError(RuntimeError):
     """Ray cannot be reached or cannot hold the run. One line that names the field and the fix."""
 
 
+def this_machine() -> dict[str, float]:
+    """What a Ray of our own would find here."""
+    import torch
+
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+
+
 class Cluster:
     """A connection to Ray with this run's reservations. Use as an async context manager."""
 

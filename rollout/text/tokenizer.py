@@ -45,7 +45,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     try:
         # mistral_format: a tekken.json beside tokenizer.json would be read by a class that has no chat template
         found = AutoTokenizer.from_pretrained(name, mistral_format=False, **where)
-        file = _tokenizer_file(found, name)
+        file = _tokenizer_file(found, name, revision)
         if file is not None and not _reads_as(found, file):
             plain = PreTrainedTokenizerFast.from_pretrained(name, **where)
             # where this one differs from the file as well, tokenizer_config.json asks for that (add_prefix_space)
@@ -114,7 +114,7 @@ class AnswerText:
         return plain_text(self._tokenizer, [number for number in ids if number not in self._hidden])
 
 
-def _tokenizer_file(tokenizer: PreTrainedTokenizerBase, name: str) -> str | None:
+def _tokenizer_file(tokenizer: PreTrainedTokenizerBase, name: str, revision: str | None) -> str | None:
     """The tokenizer.json that a loaded tokenizer belongs to; None where there is none, as for code of the model's."""
     if not tokenizer.is_fast or not type(tokenizer).__module__.startswith("transformers."):
         return None
@@ -126,7 +126,7 @@ def _tokenizer_file(tokenizer: PreTrainedTokenizerBase, name: str) -> str | None
     found = cached_file(
         name,
         "tokenizer.json",
-        revision=split_revision(name)[1],
+        revision=revision,
         _raise_exceptions_for_missing_entries=False,
         local_files_only=True,  # loading has just put it there
     )

@@ -182,6 +182,7 @@ def test_the_gap_is_a_mean_with_its_standard_error() -> None:
     assert (rows.mean, rows.tokens) == (pytest.approx(0.2), 20)
     assert rows.error == pytest.approx(np.std([0.1, 0.3], ddof=1) / math.sqrt(2))
     assert math.isinf(gap_of_rows([1.0], [10]).error), "one row alone proves nothing"
+    assert not gap_between((-9.0,), (-1.0,)).is_beyond(1e-3), "nor does one token"
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])

@@ -262,3 +262,17 @@ def test_the_revision_of_a_hub_model_is_the_one_that_is_read(tmp_path: Path, mon
         assert config_of(path, trust_remote_code=False)[0].vocab_size == size
     with pytest.raises(ConfigError, match=r"model.path 'o/n@v3' cannot be loaded"):
         check_model(config("o/n@v3"))
+
+
+def test_the_file_of_that_revision_is_the_one_that_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only revision in the hub's cache is not the one that a name without revision means."""
+    folder = tmp_path / "models--o--n" / "snapshots" / f"{7:040x}"
+    tiny.tokenizer().save_pretrained(folder)
+    tiny.config().save_pretrained(folder)
+    edit(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast")
+    (tmp_path / "models--o--n" / "refs").mkdir()
+    (tmp_path / "models--o--n" / "refs" / "v2").write_text(f"{7:040x}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    found = load_tokenizer("o/n@v2")
+    assert found.decode(found("What is 7 + 5?", add_special_tokens=False)["input_ids"]) == "What is 7 + 5?"
