@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -140,8 +141,9 @@ def _verified(kind: Kind, question: Question, prompts: Sequence[RewardPrompt]) -
         for prompt in prompts:
             text = prompt.reference_text.strip()
             if text not in known:
+                began = time.monotonic()
                 known[text] = _verdict(process, {**question(prompt), "answers": [text]})
-                slow += "within" in (known[text] or "")
+                slow += known[text] is not None and time.monotonic() - began >= SECONDS
             if slow > SLOWEST:
                 raise RewardError(f"a reward of kind '{kind}' has no verdict within {SECONDS:g} s on {slow} references")
             if (why := known[text]) is not None:

@@ -22,6 +22,7 @@ from rollout.abandoned import is_abandoned
 
 HOST_VARIABLE = "GRAO_ENGINE_HOST"
 FOLDER_VARIABLE = "GRAO_ENGINE_FOLDER"
+MARKS = (HOST_VARIABLE, FOLDER_VARIABLE, "VLLM_RPC_BASE_PATH")
 PREFIX = "grao-"
 LOCK = "lock"
 POLL_S = 0.5
@@ -39,15 +40,18 @@ def mark_host() -> str:
     folder = tempfile.mkdtemp(prefix=PREFIX)  # short: the path of a socket has at most 107 bytes
     _held[folder] = os.open(os.path.join(folder, LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(_held[folder], fcntl.LOCK_SH)  # until this process ends, however it ends
-    os.environ.update({HOST_VARIABLE: str(os.getpid()), FOLDER_VARIABLE: folder, "VLLM_RPC_BASE_PATH": folder})
+    os.environ.update(zip(MARKS, (str(os.getpid()), folder, folder), strict=True))
     return folder
 
 
 def remove_folder(folder: str) -> None:
-    """Call when the engine's processes are gone."""
+    """Call when the engine's processes are gone. The marks go too: what this process starts next is no part of it."""
     shutil.rmtree(folder, ignore_errors=True)
     if folder in _held:
         os.close(_held.pop(folder))
+    if os.environ.get(FOLDER_VARIABLE) == folder:  # an engine that started since has marks of its own
+        for name in MARKS:
+            os.environ.pop(name, None)
 
 
 def remove_abandoned(now: float | None = None) -> None:

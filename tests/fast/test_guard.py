@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rollout.abandoned import YOUNG_S
-from rollout.engine.guard import mark_host, remove_abandoned, remove_folder
+from rollout.engine.guard import MARKS, mark_host, remove_abandoned, remove_folder
 
 KILLED = """
 import os, signal, sys
@@ -24,7 +24,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("GRAO_ENGINE_HOST", "GRAO_ENGINE_FOLDER", "VLLM_RPC_BASE_PATH"):
+    for name in MARKS:
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
@@ -39,8 +39,10 @@ def test_a_living_workers_folder_stays_until_it_is_removed(temporary: Path) -> N
     remove_folder(folder)
     remove_folder(folder)
     assert list(temporary.iterdir()) == [Path(other)]
+    assert os.environ["VLLM_RPC_BASE_PATH"] == other  # the second engine lives
     remove_folder(other)
     assert list(temporary.iterdir()) == []
+    assert not [name for name in MARKS if name in os.environ]  # what starts next would look into a folder that is gone
 
 
 def test_a_killed_workers_folder_is_removed_by_the_next(temporary: Path) -> None:
