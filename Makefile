@@ -4,6 +4,7 @@ DEVICE ?= cpu
 VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL := models/SmolLM2-135M-Instruct
+JOBS ?= 2
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 export TOKENIZERS_PARALLELISM = false
 
@@ -23,11 +24,11 @@ $(MODEL)/config.json:
 
 test: install test-fast test-end-to-end  ## every test
 
-test-fast: install  ## tests without an engine, under 2 minutes
-	@$(BIN)/python -m pytest tests/fast -q
+test-fast: install  ## tests without an engine, under 2.5 minutes; JOBS=N tests at once
+	@$(BIN)/python -m pytest tests/fast -q -n $(JOBS) --dist worksteal
 
 test-end-to-end: install  ## real Ray, vLLM and DeepSpeed on tiny models
-	@$(BIN)/python -m pytest tests/end_to_end -q
+	@$(BIN)/python -m pytest tests/end_to_end -q -n $(JOBS) --dist loadfile
 
 test-gpu: install  ## what runs on GPUs only; needs one, and DEVICE=gpu
 	@$(BIN)/python -m pytest tests/gpu -q
