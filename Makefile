@@ -8,7 +8,7 @@ JOBS ?= 2
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help quickstart install test test-fast test-end-to-end test-gpu peer bench check format clean
+.PHONY: help quickstart install test test-fast test-end-to-end test-long test-gpu peer bench check format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -22,13 +22,16 @@ install:  ## make .venv from the complete lock (DEVICE=cpu or gpu); instant when
 $(MODEL)/config.json:
 	@$(BIN)/python -m cluster.main prepare $(MODEL)
 
-test: install test-fast test-end-to-end  ## every test
+test: install test-fast test-end-to-end  ## every test but the long ones, under 30 minutes on 2 cores
 
 test-fast: install  ## tests without an engine, under 2.5 minutes; JOBS=N tests at once
 	@$(BIN)/python -m pytest tests/fast -q -n $(JOBS) --dist worksteal
 
 test-end-to-end: install  ## real Ray, vLLM and DeepSpeed on tiny models
-	@$(BIN)/python -m pytest tests/end_to_end -q -n $(JOBS) --dist loadfile
+	@$(BIN)/python -m pytest tests/end_to_end -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder -m "not long"
+
+test-long: install  ## further whole runs and benchmarks, 10 minutes
+	@$(BIN)/python -m pytest tests/end_to_end -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder -m long
 
 test-gpu: install  ## what runs on GPUs only; needs one, and DEVICE=gpu
 	@$(BIN)/python -m pytest tests/gpu -q

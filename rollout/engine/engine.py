@@ -281,6 +281,8 @@ def _set_environment(rollout: RolloutConfig, device: Device, transport: Transpor
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         os.environ["OMP_NUM_THREADS"] = str(max(1, int(rollout.cpus_per_worker)))
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would overrule rollout.kv_cache_gib
+        # The model runs eagerly. vLLM would still compile the count of likelier tokens: 6 s before the first answer.
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"
         if rollout.tensor_parallel == 1:
             # The engine's process computes by itself. Else vLLM starts one more for that, so that OMP settings differ,
             # which ours do not: 10 s more to start, and a core that spins while it waits for each token.

@@ -9,7 +9,18 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from tests import tiny
-from tests.end_to_end.harness import config, grao, write_config, write_rows
+from tests.end_to_end.harness import grao, learning, write_config, write_rows
+
+TOGETHER = ("test_learner", "test_zero_families", "test_rollout", "test_values", "test_judge")
+"""Files whose tests share an engine, ranks or a server."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of tests that run at once (pytest-xdist): those that share something run in one process, one after the other."""
+    for item in items:
+        name = "learned" if "learned" in getattr(item, "fixturenames", ()) else item.path.stem
+        if name in ("learned", *TOGETHER):
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session")
@@ -21,14 +32,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def learned(tiny_model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a run that learned its task, and what the run printed."""
     folder = tmp_path_factory.mktemp("learned")
-    tree = config(
-        tiny_model,
-        folder / "run",
-        rows,
-        learner={"steps": 24, "ranks": 2, "learning_rate": 3e-3, "kl_every": 6},
-        run={"checkpoint_every": 8, "keep_checkpoints": 2, "evaluate_every": 12},
-    )
-    done = grao("train", write_config(folder / "c.yaml", tree))
+    done = grao("train", write_config(folder / "c.yaml", learning(tiny_model, folder / "run", rows)))
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "run", done.stdout
 

@@ -49,6 +49,18 @@ def config(model: Path, folder: Path, data: Path, **sections: dict[str, Any]) ->
     return tree
 
 
+def learning(model: Path, folder: Path, rows: Path) -> dict[str, Any]:
+    """One that learns its task in 24 steps, on two ranks and two reward workers."""
+    return config(
+        model,
+        folder,
+        rows,
+        reward={"workers": 2},
+        learner={"steps": 24, "ranks": 2, "learning_rate": 3e-3, "kl_every": 6},
+        run={"checkpoint_every": 8, "keep_checkpoints": 2, "evaluate_every": 12},
+    )
+
+
 def arbitrary(call: RewardCall) -> list[float]:
     """A reward function without rhyme or reason: two different answers practically never score the same."""
     return [zlib.crc32(answer.text.encode()) % 10007 / 10007 for answer in call.answers]

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.end_to_end.harness import ROOT, environment
 
 
@@ -19,6 +21,7 @@ def bench(name: str, out: Path, *arguments: str | Path) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
+@pytest.mark.long
 def test_the_learners_four_ways(tmp_path: Path) -> None:
     made = bench("learner", tmp_path / "l.json", "--model", "tiny", "--shape", "tiny", "--pairs", "2")
     assert [row["way"] for row in made["rows"]] == ["single", "padded", "packed", "shared"]
@@ -39,6 +42,7 @@ def test_zero3_on_one_rank(tmp_path: Path) -> None:
     assert all(row["seconds"] > 0 and row["clock"] == "CPU" for row in made["rows"])
 
 
+@pytest.mark.long
 def test_the_head_beside_its_products(tmp_path: Path) -> None:
     given = ("--targets", "64", "--memory-targets", "4096", "--hidden", "32", "--vocabulary", "2048", "--chunk", "256")
     made = bench("head", tmp_path / "h.json", *given, "--pairs", "2")

@@ -99,7 +99,7 @@ def two_nodes(
         wait_until(lambda: reachable(dashboard) or nodes[0].poll() is not None, 90, "the dashboard")
         second = [RAY, "start", f"--address=127.0.0.1:{port}", f"--dashboard-agent-listen-port={agents[1]}"]
         start([*prefix, *second, *common], "second.log")
-        wait_until(lambda: "started" in (tmp_path / "second.log").read_text(), 90, "the second node")
+        wait_until(lambda: "started" in (tmp_path / "second.log").read_text(), 240, "the second node")
         yield dashboard, nodes[0], nodes[1], variables
     finally:
         everybody = [process for node in nodes for process in family(node.pid)]

@@ -59,13 +59,13 @@ def test_a_comparison_goes_on_where_it_was_stopped_and_reports(tiny_model: Path,
 
 
 def interrupted(console: Path, folder: Path, *arguments: str | Path) -> str:
-    """Start the command line, press Ctrl-C once the run in `folder` has a checkpoint; what was printed."""
+    """Start the command line, end it by SIGTERM once the run in `folder` has a checkpoint; what was printed."""
     checkpoints = folder / "checkpoints"
     with Running(console, *arguments) as running:
         running.until(lambda: any(checkpoints.glob("step-*")), 300, "a checkpoint")
         everybody = family(running.pid)
         assert len(everybody) > 4, running.output
-        os.kill(running.pid, signal.SIGINT)
+        os.kill(running.pid, signal.SIGTERM)
         assert running.end(90) == 130, running.output
         wait_until(lambda: not living(everybody), 30, "the end of every process")
     assert len(lines(folder / "steps.jsonl")) < STEPS

@@ -49,6 +49,7 @@ async def gaps(run: Run, first: int, last: int, missed: int | None) -> list[floa
     return found
 
 
+@pytest.mark.long
 async def test_the_gap_stays_at_rounding_over_ten_updates_and_tells_of_a_missed_one(
     tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -38,19 +38,22 @@ def test_rewards_are_the_models_scores_and_a_killed_scoring_actor_is_replaced(ti
         tiny_model,
         folder,
         write_rows(tmp_path / "rows.jsonl"),
-        rollout={"cpus_per_worker": 0.4},
-        reward=scored_by(reward_model, tokens),
-        learner={"steps": STEPS, "cpus_per_rank": 0.4},
+        rollout={"workers": 2, "max_staleness": 1, "cpus_per_worker": 0.2},
+        reward={"workers": 2, **scored_by(reward_model, tokens)},
+        learner={"ranks": 2, "steps": STEPS, "cpus_per_rank": 0.2},
     )
     with Running(tmp_path / "log", "train", write_config(tmp_path / "c.yaml", tree)) as running:
         running.until(lambda: len(lines(folder / "steps.jsonl")) >= 2, 300, "two steps")
         [scorer] = scorers(running.pid)
         scorer.kill()
         assert running.end(300) == 0, running.output
-    assert len(lines(folder / "steps.jsonl")) == STEPS
+    steps = lines(folder / "steps.jsonl")
+    assert len(steps) == STEPS
+    assert max(step["metrics"]["staleness/max"] for step in steps) == 1  # the bound holds, and it is used
 
     groups = lines(folder / "samples.jsonl")
     assert len(groups) == STEPS * 4
+    assert len({group["id"] for group in groups[:24]}) == 24  # no prompt twice in the first pass, none left out
     wanted = plain_scores(reward_model, lines(tokens))
     for group in groups:
         for answer in (*group["answers"], {**group["reference"], "finish": "reference"}):

@@ -39,6 +39,7 @@ def test_dpo_starts_no_engine_and_learns_to_prefer(tiny_model: Path, tmp_path: P
     assert last["preference/margin"] > 0.5
 
 
+@pytest.mark.long
 def test_grpo_raises_its_reward(tiny_model: Path, tmp_path: Path) -> None:
     folder, rows = tmp_path / "run", write_rows(tmp_path / "rows.jsonl")
     learner = {"objective": "grpo", "steps": 16, "ranks": 2, "learning_rate": 3e-3}

@@ -15,6 +15,7 @@ from tests.end_to_end.harness import (
     config,
     family,
     grao,
+    learning,
     lines,
     living,
     wait_until,
@@ -70,7 +71,8 @@ def check_export(folder: Path) -> None:
     assert tokenizer.decode(answer, skip_special_tokens=True) == "12"
 
 
-# 1 + 1 + 1 is the run below that is killed
+# 1 + 2 + 2 learns above, 2 + 2 + 2 is in test_model_reward.py
+@pytest.mark.long
 @pytest.mark.parametrize(("rollouts", "rewards", "ranks", "staleness"), [(2, 1, 2, 1), (1, 2, 2, 0)])
 def test_three_numbers_scale_apart(
     rollouts: int, rewards: int, ranks: int, staleness: int, tiny_model: Path, rows: Path, tmp_path: Path
@@ -95,17 +97,12 @@ def test_three_numbers_scale_apart(
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint_as_if_it_had_never_stopped(
-    tiny_model: Path, rows: Path, tmp_path: Path
+    learned: tuple[Path, str], tiny_model: Path, rows: Path, tmp_path: Path
 ) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    arbitrary = {"rewards": [{"kind": "function", "path": "tests.end_to_end.harness:arbitrary"}]}
-    tree = config(tiny_model, whole, rows, reward=arbitrary, learner={"steps": 24})
-    done = grao("train", write_config(tmp_path / "whole.yaml", tree))
-    assert done.returncode == 0, done.stdout + done.stderr
-
-    tree["run"]["folder"] = str(cut)
-    with Running(tmp_path / "log", "train", write_config(tmp_path / "cut.yaml", tree)) as running:
-        running.until(lambda: len(lines_so_far(cut)) >= 3, 300, "three steps")
+    cut = tmp_path / "cut"
+    file = write_config(tmp_path / "cut.yaml", learning(tiny_model, cut, rows))
+    with Running(tmp_path / "log", "train", file) as running:
+        running.until(lambda: len(lines_so_far(cut)) >= 9, 300, "a checkpoint and a step behind it")
         ours = [process for process in family(running.pid) if "Agent" not in process.name()]  # Ray's own take minutes
         os.kill(running.pid, signal.SIGKILL)
         assert running.end(30) == -signal.SIGKILL
@@ -114,7 +111,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_as_if_it_had_never_stopped(
     resumed = grao("resume", cut)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "going on from checkpoint step-0000" in resumed.stdout
-    resumed_steps, whole_steps = lines(cut / "steps.jsonl"), lines(whole / "steps.jsonl")
+    resumed_steps, whole_steps = lines(cut / "steps.jsonl"), lines(learned[0] / "steps.jsonl")
     assert [step["step"] for step in resumed_steps] == list(range(1, 25))
     assert max(step["metrics"]["staleness/max"] for step in whole_steps) == 0
     for one, other in zip(resumed_steps, whole_steps, strict=True):
@@ -127,10 +124,11 @@ def lines_so_far(folder: Path) -> list[str]:
     return file.read_text().splitlines() if file.is_file() else []
 
 
+@pytest.mark.long
 def test_a_signal_ends_everything_that_the_run_started(learned: tuple[Path, str], rows: Path, tmp_path: Path) -> None:
     """Of a run that starts from an exported model: vLLM and the learner load it, and it answers as it has learned.
 
-    Here SIGTERM; Ctrl-C is in test_stages.py.
+    Also in test_stages.py, by Ctrl-C, and in test_compare.py, by SIGTERM.
     """
     folder = tmp_path / "run"
     tree = config(learned[0] / "model", folder, rows, learner={"steps": 1000})
@@ -152,10 +150,12 @@ def test_a_signal_ends_everything_that_the_run_started(learned: tuple[Path, str]
     ("override", "expected"),
     [
         ("rollout.workers=99", "rollout.workers 99 x 0.5"),
-        ("model.path=/no/such/folder", "model.path '/no/such/folder' holds no config.json"),
+        pytest.param(
+            "model.path=/no/such/folder", "model.path '/no/such/folder' holds no config.json", marks=pytest.mark.long
+        ),
         ("data.train=/no/such/file.jsonl", "data.train"),
-        ("learner.stepz=3", "did you mean 'learner.steps'"),
-        ("data.max_prompt_tokens=5000", "learner.tokens_per_micro_batch"),
+        pytest.param("learner.stepz=3", "did you mean 'learner.steps'", marks=pytest.mark.long),
+        pytest.param("data.max_prompt_tokens=5000", "learner.tokens_per_micro_batch", marks=pytest.mark.long),
     ],
 )
 def test_an_impossible_run_is_refused_in_one_line_before_any_worker_starts(

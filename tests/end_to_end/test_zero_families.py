@@ -40,7 +40,8 @@ from tests.prefetch import Counted, counting, outline, replay
 
 CASES = dict(FAMILIES + [case for case in SEPARATE if case[0] not in ("mamba", "mpt", "llama4_text")] + FOUND_OUT[:1])
 """Without Mamba, which transformers does not compute in float64, and others that tell nothing new of ZeRO-3."""
-
+RECOMPUTED = ("qwen2", "gemma3_text", "deepseek_v3", "gpt_oss", "qwen3_next")
+"""Of each kind one that every `make test` recomputes."""
 
 Buffers = dict[str, torch.Tensor]
 
@@ -54,7 +55,12 @@ def ranks(tiny_model: Path) -> Iterator[Ranks]:
 
 @pytest.mark.parametrize(
     ("family", "recomputed"),
-    [(family, how) for family in CASES for how in (False, True) if (family, how) != ("jetmoe", True)],
+    [
+        pytest.param(family, how, marks=[pytest.mark.long] if how and family not in RECOMPUTED else [])
+        for family in CASES
+        for how in (False, True)
+        if (family, how) != ("jetmoe", True)
+    ],
     ids=lambda one: {False: "kept", True: "recomputed"}.get(one, one),
 )
 def test_gradients(family: str, recomputed: bool, ranks: Ranks, tmp_path: Path) -> None:
