@@ -290,14 +290,13 @@ class LearnerRank:
         (address, port) is where the nccl transport meets and `world` its size: rank 0 and every rollout GPU.
         """
         from learner.model.experts import apart
-        from learner.wire.publisher import ipc_trainer, nccl_trainer, weight_source
+        from learner.wire.publisher import buffer_nbytes, ipc_trainer, nccl_trainer, weight_source
 
         specs, _ = pack(self._engine.model.shares(), self._rollout.dtype)
-        source = weight_source(
-            as_parts(specs, self._parts), self._rollout.dtype, lambda: apart(self._engine.model.gather(), self._parts)
-        )
+        parts = as_parts(specs, self._parts)
+        source = weight_source(parts, self._rollout.dtype, lambda: apart(self._engine.model.gather(), self._parts))
         if self._learner.transport == "ipc":
-            self._trainer = ipc_trainer(source, client, self._rank)
+            self._trainer = ipc_trainer(source, client, self._rank, buffer_nbytes(parts))
         else:
             self._trainer = nccl_trainer(source, client, self._rank, address, port, world)
 

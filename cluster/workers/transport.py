@@ -9,6 +9,7 @@ from cluster.workers.actors import RelayToEngines, RemoteRollout
 from cluster.workers.fleet import Fleet
 from cluster.workers.learner_group import LearnerGroup
 from configs.schema import Config
+from rollout.communicator import BUFFER_NBYTES
 
 
 class LedByDriver:
@@ -52,6 +53,7 @@ async def connect(config: Config, fleet: Fleet[RemoteRollout], learner: LearnerG
             "rank_offset": 1 + seat * size,
             "world_size": world,
             "packed": True,  # as vLLM's sender has it by default; both ends must agree
+            "packed_buffer_size_bytes": BUFFER_NBYTES,
         }
 
     async with asyncio.TaskGroup() as both:

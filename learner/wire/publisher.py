@@ -25,6 +25,7 @@ from learner.errors import LearnerError
 from learner.wire.layout import PREFIX, Share, checksum, file_name, file_prefix, pack, ranges
 from learner.wire.server import PieceServer
 from rollout.abandoned import is_abandoned
+from rollout.communicator import BUFFER_NBYTES, refuse_unusable
 from rollout.types import TRAILER_NBYTES, Parameters, Piece, TensorSpec, trailer
 
 FOLDER = "/dev/shm"
@@ -184,18 +185,35 @@ def nccl_trainer(source: Any, client: EngineClient, rank: int, address: str, por
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-    info = NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world, rank=rank)
-    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+    info = NCCLTrainerInitInfo(
+        master_address=address,
+        master_port=port,
+        world_size=world,
+        rank=rank,
+        packed_buffer_size_bytes=BUFFER_NBYTES,
+    )
+    trainer: Any = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+    if rank == 0:
+        try:
+            refuse_unusable(trainer.model_update_group)
+        except RuntimeError as error:
+            raise LearnerError(str(error)) from error
+    return trainer
 
 
-def ipc_trainer(source: Any, client: EngineClient, rank: int) -> Trainer:
-    """Join vLLM's CUDA IPC transfer, in chunks so that no GPU holds a second whole model. Called on all ranks."""
+def buffer_nbytes(specs: Sequence[TensorSpec]) -> int:
+    """Size of a piece by CUDA IPC: as large as the largest tensor, which vLLM's sender refuses to cut."""
+    return max(BUFFER_NBYTES, *(spec.nbytes for spec in specs))
+
+
+def ipc_trainer(source: Any, client: EngineClient, rank: int, buffer: int) -> Trainer:
+    """Join vLLM's CUDA IPC transfer, in pieces of `buffer` bytes so that no GPU holds a second whole model. Called on
+    all ranks."""
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-    return WeightTransferTrainerFactory.trainer_init(
-        IPCTrainerInitInfo(rank=rank, packed=True), client=client, source=source
-    )
+    info = IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=buffer)
+    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
 
 
 def weight_source(

@@ -29,6 +29,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from configs.hub import split_revision
 from configs.schema import ModelConfig, RolloutConfig
+from rollout.communicator import NCCL_BACKEND
 from rollout.engine.guard import mark_host, remove_folder
 from rollout.errors import EngineDead, RolloutError
 from rollout.ports import free_port
@@ -324,7 +325,7 @@ def _arguments(
         distributed_executor_backend="mp" if rollout.tensor_parallel > 1 else "uni",  # inside a Ray actor: not "ray"
         enable_prefix_caching=True,
         logprobs_mode="processed_logprobs",
-        weight_transfer_config=WeightTransferConfig(backend=transport),
+        weight_transfer_config=WeightTransferConfig(backend=NCCL_BACKEND if transport == "nccl" else transport),
         worker_extension_cls="rollout.engine.receiver.WorkerExtension",
         disable_log_stats=True,
         seed=0,

@@ -27,6 +27,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
 
+from rollout.communicator import NCCL_BACKEND
 from rollout.engine.guard import watch_host
 from rollout.types import TRAILER_NBYTES, trailer
 
@@ -156,4 +157,5 @@ def _tensors(content: torch.Tensor, update: SharedMemoryUpdate) -> Iterator[tupl
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryReceiver)
+WeightTransferEngineFactory.register_engine(NCCL_BACKEND, "rollout.engine.nccl", "NcclReceiver")
 watch_host()

@@ -19,10 +19,19 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "configs": (),
     "rollout": ("configs",),
     "reward": ("configs", "rollout.types", "rollout.text"),
-    "learner": ("configs", "rollout.types", "rollout.text", "rollout.abandoned", "rollout.ports", "reward.types"),
+    "learner": (
+        "configs",
+        "rollout.types",
+        "rollout.text",
+        "rollout.abandoned",
+        "rollout.communicator",
+        "rollout.ports",
+        "reward.types",
+    ),
     "cluster": (
         "configs",
         "rollout.types",
+        "rollout.communicator",
         "rollout.text",
         "rollout.data.prompts",
         "rollout.worker",
@@ -41,7 +50,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 # Inner rooms and files of a room, from its face down: each imports only what stands below it.
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "rollout": (("worker",), ("data", "engine"), ("text",), ("types", "errors", "seeds", "ports", "abandoned")),
+    "rollout": (
+        ("worker",),
+        ("data", "engine"),
+        ("text",),
+        ("types", "errors", "seeds", "ports", "abandoned", "communicator"),
+    ),
     "learner": (
         ("worker", "preflight"),
         ("passes",),
@@ -53,7 +67,12 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "cluster": (("main",), ("errors", "check"), ("compare",), ("run",), ("record", "workers"), ("bundled",)),
 }
 ONLY_IN = {
-    "vllm": {"rollout/engine/engine.py", "rollout/engine/receiver.py", "learner/wire/publisher.py"},
+    "vllm": {
+        "rollout/engine/engine.py",
+        "rollout/engine/nccl.py",
+        "rollout/engine/receiver.py",
+        "learner/wire/publisher.py",
+    },
     "deepspeed": {"learner/zero/engine.py", "learner/zero/module.py", "learner/wire/publisher.py"},
     "ray": {"cluster/workers/actors.py", "cluster/workers/placement.py"},
     "matplotlib": {"cluster/compare/figures.py"},

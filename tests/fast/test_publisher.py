@@ -20,7 +20,8 @@ import torch
 
 from configs.schema import Dtype
 from learner.wire.layout import Share, checksum, file_name, file_prefix, pack, ranges, share_of
-from learner.wire.publisher import Publisher, remove_files
+from learner.wire.publisher import Publisher, buffer_nbytes, remove_files
+from rollout.communicator import BUFFER_NBYTES
 from rollout.engine.staging import Staging
 from rollout.errors import ParametersRefused
 from rollout.types import Parameters, trailer
@@ -243,3 +244,10 @@ def test_files_of_killed_runs_are_removed_and_those_of_living_ones_stay() -> Non
             holder.close()
         for path in (old, held, young):
             path.unlink(missing_ok=True)
+
+
+def test_a_piece_between_gpus_holds_the_largest_tensor() -> None:
+    """vLLM's sender refuses to cut one: Qwen2.5-7B's embedding is larger than vLLM's own pieces."""
+    specs, _ = pack([share_of("embed", (152064, 3584), 0, 8), share_of("norm", (3584,), 0, 8)], "bfloat16")
+    assert buffer_nbytes(specs) == 152064 * 3584 * 2
+    assert buffer_nbytes(specs[1:]) == BUFFER_NBYTES
