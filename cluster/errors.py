@@ -15,8 +15,8 @@ from cluster.run.parts import RunError
 from cluster.run.queue import StalenessError
 from cluster.workers.actors import cause_of
 from cluster.workers.fleet import FleetError
+from cluster.workers.gang import PlacementError
 from cluster.workers.learner_group import LearnerGroupError
-from cluster.workers.placement import PlacementError
 from cluster.workers.plan import PlanError
 from configs.load import ConfigError
 from learner.worker import LearnerError

@@ -76,6 +76,8 @@ class RolloutConfig(Section):
     """Share of GPU memory one engine takes."""
     cpus_per_worker: float = Field(default=1, gt=0)
     """CPUs Ray reserves for one engine; on CPU also its threads (at least one)."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Further resources that one engine reserves, by Ray's names: {'accelerator_type:H100': 0.001}."""
     start_timeout_s: float = Field(default=600, gt=0)
     """Longest time for an engine to come up."""
     group_timeout_s: float = Field(default=1800, gt=0)
@@ -137,6 +139,8 @@ class LearnerConfig(Section):
     """How parameters reach the engines: shared memory with a network path (CPU), NCCL or CUDA IPC (GPU)."""
     cpus_per_rank: float = Field(default=1, gt=0)
     """CPUs Ray reserves for one rank."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Further resources that one rank reserves, by Ray's names: {'accelerator_type:H100': 0.001}."""
     threads_per_rank: int | None = Field(default=None, ge=1)
     """Threads a rank computes with on CPU; null: the whole CPUs that are reserved, at least one. More are faster where
     engines and ranks take turns (max_staleness: 0) and cores are left."""
@@ -212,7 +216,12 @@ class ClusterConfig(Section):
     device: Literal["cpu", "gpu"] = "cpu"
     """Where engines and ranks compute."""
     placement: Literal["pack", "spread"] = "pack"
-    """Put the workers of a fleet on few nodes or on many."""
+    """Put the workers of a fleet on few nodes or on many. Ranks of one node are neighbours either way."""
+    wait_s: float = Field(default=600, ge=0)
+    """Longest time to wait for places that others hold; a run gets all of its places at once."""
+    grows: bool = False
+    """Nodes may still come (an autoscaler, a cluster that is being set up): what no node can hold yet is asked for and
+    waited for as well."""
     colocate: bool = False
     """Rollout worker i and learner rank i share a GPU (needs transport: ipc)."""
 

@@ -22,7 +22,7 @@ from learner.results import first_not_finite
 from learner.schedule import learning_rate
 from learner.types import CriticReport, LearnerFacts, MicroBatch, RankReport, Row, RowResult
 from learner.wire.layout import Parts, as_parts, pack
-from learner.wire.network import own_address
+from learner.wire.network import ADDRESS, node_address, own_address
 from reward.types import ScoredGroup
 from rollout.ports import free_port
 from rollout.types import Parameters
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from learner.zero.engine import ZeroEngine
     from learner.zero.module import ZeroModule
 
-__all__ = ["LearnerError", "LearnerRank"]
+__all__ = ["ADDRESS", "LearnerError", "LearnerRank"]
 
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
 """For a rank on CPU. ZeRO-3 gathers and drops gigabytes in every step; glibc would give each piece back to the kernel
@@ -72,7 +72,7 @@ class LearnerRank:
 
     def host(self) -> tuple[str, int]:
         """(address, free port) of this node, where the ranks can meet if this is rank 0."""
-        address = own_address()
+        address = node_address()
         return address, free_port(address)
 
     def start(self, rank: int, world: int, local_rank: int, address: str, port: int, secret: str) -> LearnerFacts:

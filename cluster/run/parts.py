@@ -308,7 +308,7 @@ async def open_run(
     """Start Ray, engines, rewards and ranks, restore the learner; end all of them on the way out."""
     async with contextlib.AsyncExitStack() as stack:
         report.phase("starting Ray")
-        cluster = await stack.enter_async_context(Cluster(config))
+        cluster = await stack.enter_async_context(Cluster(config, say=report.note))
         cancel_on_signals()
         guard = GapGuard(config, prompts.train, state.gap, report.note)
         rollouts = Rollouts(cluster, config, config.rollout_workers, guard)
@@ -316,6 +316,8 @@ async def open_run(
         learner = LearnerGroup(cluster.rank, config.learner.ranks, secrets.token_hex(16), config.learner.step_timeout_s)
         stack.push_async_callback(_close, rollouts, rewards, learner)
         report.phase(f"starting {_count(config)} ({cluster.describe()})")
+        for line in cluster.map():
+            report.note(line)
         async with asyncio.TaskGroup() as starting:
             starting.create_task(rollouts.fleet.start())
             starting.create_task(rewards.fleet.start())

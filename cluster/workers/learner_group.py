@@ -37,6 +37,11 @@ class LearnerGroup:
         """
         hosts = await self._all([rank.host() for rank in self._ranks])
         address, port = hosts[0]
+        if not one_node and len({host for host, _ in hosts}) > 1 and address.startswith("127."):
+            raise LearnerGroupError(
+                f"rank 0's node calls itself {address}, where ranks of other nodes would find themselves; start its Ray"
+                " with --node-ip-address"
+            )
         address = "127.0.0.1" if one_node else address
         seen: collections.Counter[str] = collections.Counter()
         starts = []

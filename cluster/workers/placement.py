@@ -1,33 +1,28 @@
-"""Ray: connect, reserve, start actors. The only file that turns plain worker classes into actors."""
+"""Ray: connect, start actors. The only file that turns plain worker classes into actors."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.workers.actors import RemoteRank, RemoteReward, RemoteRollout, ScoringActors
-from cluster.workers.plan import Bundle, Plan, Scorers, check, plan, plan_without_learner
+from cluster.workers.gang import Gang, PlacementError, Seat
+from cluster.workers.plan import Bundle, Plan, Scorers, plan, plan_without_learner
 from configs.schema import Config, ModelConfig
-from learner.worker import KEEP_FREED_MEMORY, LearnerRank
+from learner.worker import ADDRESS, KEEP_FREED_MEMORY, LearnerRank
 from reward.model import RewardModelWorker
 from reward.worker import RewardWorker
 from rollout.worker import RolloutWorker
 
 SCORING_RESTARTS = 3  # of one scoring actor in a run
 LOCAL_OBJECT_STORE = 512 * 2**20  # groups are small; parameters never pass through Ray's object store
-
-
-class PlacementError(RuntimeError):
-    """Ray cannot be reached or cannot hold the run. One line that names the field and the fix."""
 
 
 def this_machine() -> dict[str, float]:
@@ -40,31 +35,31 @@ def this_machine() -> dict[str, float]:
 class Cluster:
     """A connection to Ray with this run's reservations. Use as an async context manager."""
 
-    def __init__(self, config: Config, learner: bool = True) -> None:
-        """Without `learner` there are engines and rewards only, also for an objective that trains without them."""
+    def __init__(self, config: Config, learner: bool = True, say: Callable[[str], None] = print) -> None:
+        """Without `learner` there are engines and rewards only, also for an objective that trains without them.
+
+        `say` gets a line where the run waits for places.
+        """
         self._config = config
         self._plan: Plan = plan(config) if learner else plan_without_learner(config)
         # without one an engine is asked for the log-probabilities of whole sequences, and then makes one token more
         self._longest_sequence = config.longest_sequence + (0 if learner else 1)
-        self._groups: list[PlacementGroup] = []
-        self._rollout_slots: list[tuple[PlacementGroup, int]] = []
-        self._rank_slots: list[tuple[PlacementGroup, int]] = []
-        self._scorer_slots: list[list[PlacementGroup]] = []
-        self._environment = {"PYTHONPATH": os.pathsep.join(_import_path())}
+        self._gang = Gang(self._plan, config.cluster, say)
+        # where a cluster's image tells Ray to leave this alone, all workers of a node would take its first GPU
+        masked = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0"}
+        self._environment = {"PYTHONPATH": os.pathsep.join(_import_path()), **masked}
 
     async def __aenter__(self) -> Cluster:
         self._connect()
         try:
-            check(self._plan, [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]])
-            await self._reserve()
+            await self._gang.reserve()
         except BaseException:
             ray.shutdown()
             raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for group in self._groups:
-            remove_placement_group(group)
+        self._gang.release()
         # a local Ray ends with this; on a running cluster only this job's actors do
         ray.shutdown()
 
@@ -78,12 +73,15 @@ class Cluster:
         nodes = self.nodes
         return f"{nodes} node{'s' if nodes > 1 else ''}, {self._plan.cpus:g} CPUs, {self._plan.gpus:g} GPUs reserved"
 
+    def map(self) -> list[str]:
+        """Who is where, a line for each node; none where all are on one."""
+        return self._gang.lines()
+
     def rollout(self, number: int, model: ModelConfig) -> RemoteRollout:
         """A new rollout actor in its reserved place; not started yet."""
         config = self._config
-        group, index = self._rollout_slots[number]
         actor = ray.remote(RolloutWorker).options(
-            **self._options(group, index, self._plan.rollout, threads=config.rollout.cpus_per_worker),
+            **self._options(self._gang.engine(number), self._plan.rollout, threads=config.rollout.cpus_per_worker),
             max_concurrency=max(1000, 4 * config.rollout.max_concurrent),
         )
         return RemoteRollout(
@@ -101,12 +99,12 @@ class Cluster:
     def scoring(self) -> dict[str, ScoringActors]:
         """New actors for every reward that is a model, by the reward's label. They end with the cluster."""
         return {
-            scorers.reward.label: ScoringActors(scorers.field, tuple(self._scorer(scorers, group) for group in groups))
-            for scorers, groups in zip(self._plan.scorers, self._scorer_slots, strict=True)
+            scorers.reward.label: ScoringActors(scorers.field, tuple(self._scorer(scorers, seat) for seat in seats))
+            for scorers, seats in zip(self._plan.scorers, self._gang.scorers, strict=True)
         }
 
-    def _scorer(self, scorers: Scorers, group: PlacementGroup) -> Any:
-        options = self._options(group, 0, scorers.each, threads=scorers.reward.cpus_per_worker)
+    def _scorer(self, scorers: Scorers, seat: Seat) -> Any:
+        options = self._options(seat, scorers.each, threads=scorers.reward.cpus_per_worker)
         restarted = {"max_restarts": SCORING_RESTARTS, "max_task_retries": -1, "max_concurrency": 1000}
         device = "cuda" if scorers.each.gpus else "cpu"
         actor = ray.remote(RewardModelWorker).options(**{**options, **restarted})
@@ -127,14 +125,13 @@ class Cluster:
     def rank(self, number: int) -> RemoteRank:
         """A new learner actor in its reserved place; not started yet."""
         config = self._config
-        group, index = self._rank_slots[number]
+        memory = {} if self._plan.rank.gpus else KEEP_FREED_MEMORY
         actor = ray.remote(LearnerRank).options(
             **self._options(
-                group,
-                index,
+                self._gang.ranks[number],
                 self._plan.rank,
                 threads=config.learner.threads,
-                more={} if self._plan.rank.gpus else KEEP_FREED_MEMORY,
+                more={**memory, ADDRESS: self._gang.address(number)},
             )
         )
         return RemoteRank(
@@ -165,55 +162,8 @@ class Cluster:
             where = f"cluster.address '{address}'" if address else "a local Ray"
             raise PlacementError(f"cannot connect to {where}: {' '.join(str(error).split())[:300]}") from error
 
-    async def _reserve(self) -> None:
-        """Reserve a place for every engine and every rank, so that a replaced worker finds its place free."""
-        config, plan = self._config, self._plan
-        strategy = config.cluster.placement.upper()
-        if config.cluster.colocate and plan.rollout_workers and plan.ranks:
-            self._reserve_shared(strategy)
-        else:
-            for _ in range(plan.rollout_workers):
-                group = self._group([plan.rollout], strategy)
-                self._rollout_slots.append((group, 0))
-            if plan.ranks:
-                ranks = self._group([plan.rank] * plan.ranks, strategy)
-                self._rank_slots = [(ranks, number) for number in range(plan.ranks)]
-        for scorers in plan.scorers:
-            self._scorer_slots.append([self._group([scorers.each], strategy) for _ in range(scorers.reward.workers)])
-        try:
-            async with asyncio.timeout(config.rollout.start_timeout_s):
-                await asyncio.gather(*(group.ready() for group in self._groups))
-        except TimeoutError as error:
-            raise PlacementError(
-                f"the cluster has enough in all, but others hold it: {self._plan.cpus:g} CPUs and"
-                f" {self._plan.gpus:g} GPUs were not free within rollout.start_timeout_s"
-                f" ({config.rollout.start_timeout_s:g} s)"
-            ) from error
-
-    def _reserve_shared(self, strategy: str) -> None:
-        """Engine i and the ranks on its GPUs share one bundle."""
-        size = self._config.rollout.tensor_parallel
-        together = Bundle(
-            cpus=self._plan.rollout.cpus + size * self._plan.rank.cpus,
-            gpus=self._plan.rollout.gpus + size * self._plan.rank.gpus,
-        )
-        for _ in range(self._plan.rollout_workers):
-            group = self._group([together], strategy)
-            self._rollout_slots.append((group, 0))
-            self._rank_slots += [(group, 0)] * size
-
-    def _group(self, bundles: Sequence[Bundle], strategy: str) -> PlacementGroup:
-        wants = [
-            {name: amount for name, amount in (("CPU", bundle.cpus), ("GPU", bundle.gpus)) if amount}
-            for bundle in bundles
-        ]
-        group = placement_group(wants, strategy=strategy)
-        self._groups.append(group)
-        return group
-
-    def _options(
-        self, group: PlacementGroup, index: int, bundle: Bundle, threads: float, more: Mapping[str, str] = {}
-    ) -> dict[str, Any]:
+    def _options(self, seat: Seat, bundle: Bundle, threads: float, more: Mapping[str, str] = {}) -> dict[str, Any]:
+        group, index = seat
         return {
             "num_cpus": bundle.cpus,
             "num_gpus": bundle.gpus,

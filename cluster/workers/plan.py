@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from configs.rewards import ModelReward
 from configs.schema import Config
@@ -22,6 +22,29 @@ class Bundle:
 
     cpus: float
     gpus: float
+    more: Mapping[str, float] = field(default_factory=dict)
+    """Custom resources of nodes by name."""
+
+    @property
+    def wants(self) -> dict[str, float]:
+        """By Ray's names."""
+        return {name: amount for name, amount in {"CPU": self.cpus, "GPU": self.gpus, **self.more}.items() if amount}
+
+    def times(self, count: int) -> Bundle:
+        """What so many of them reserve together."""
+        more = {name: count * amount for name, amount in self.more.items()}
+        return Bundle(cpus=count * self.cpus, gpus=count * self.gpus, more=more)
+
+    def beside(self, other: Bundle) -> Bundle:
+        """What both reserve together."""
+        names = dict.fromkeys((*self.more, *other.more))
+        more = {name: self.more.get(name, 0.0) + other.more.get(name, 0.0) for name in names}
+        return Bundle(cpus=self.cpus + other.cpus, gpus=self.gpus + other.gpus, more=more)
+
+    def __str__(self) -> str:
+        """`24 CPUs, 6 GPUs`"""
+        plain = {"CPUs": self.cpus, "GPUs": self.gpus, **self.more}
+        return ", ".join(f"{amount:g} {name}" for name, amount in plain.items() if amount) or "nothing"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +72,10 @@ class Plan:
     reward: Bundle
     reward_workers: int
     scorers: tuple[Scorers, ...]
+    shared: Bundle | None = None
+    """What engine i and rank i reserve together, where they share a GPU."""
+    neighbours: int = 1
+    """Ranks of a sequence group, which stay on one node."""
 
     @property
     def cpus(self) -> float:
@@ -74,11 +101,15 @@ def plan(config: Config) -> Plan:
     share = 0.5 if config.cluster.colocate and config.rollout_workers else 1.0
     engine_gpus = share * config.rollout.tensor_parallel if on_gpu else 0.0
     engine_cpus = config.rollout.cpus_per_worker * (1 if on_gpu else config.rollout.tensor_parallel)
+    engine = Bundle(cpus=engine_cpus, gpus=engine_gpus, more=config.rollout.resources)
+    rank = Bundle(cpus=config.learner.cpus_per_rank, gpus=share if on_gpu else 0.0, more=config.learner.resources)
     return Plan(
-        rollout=Bundle(cpus=engine_cpus, gpus=engine_gpus),
+        rollout=engine,
         rollout_workers=config.rollout_workers,
-        rank=Bundle(cpus=config.learner.cpus_per_rank, gpus=share if on_gpu else 0.0),
+        rank=rank,
         ranks=config.learner.ranks,
+        shared=engine.beside(rank) if share < 1 else None,
+        neighbours=config.learner.sequence_ranks,
         reward=Bundle(cpus=REWARD_CPUS, gpus=0.0),
         reward_workers=config.reward_workers,
         scorers=_scorers(config) if config.reward_workers else (),
@@ -91,6 +122,7 @@ def plan_without_learner(config: Config) -> Plan:
     engine = Bundle(
         cpus=config.rollout.cpus_per_worker * (1 if on_gpu else config.rollout.tensor_parallel),
         gpus=float(config.rollout.tensor_parallel) if on_gpu else 0.0,
+        more=config.rollout.resources,
     )
     whole = plan(config)
     workers = config.reward.workers if config.reward is not None else 0
@@ -99,6 +131,7 @@ def plan_without_learner(config: Config) -> Plan:
         rollout=engine,
         rollout_workers=config.rollout.workers,
         ranks=0,
+        shared=None,
         reward_workers=workers,
         scorers=_scorers(config),
     )

@@ -74,7 +74,7 @@ ONLY_IN = {
         "learner/wire/publisher.py",
     },
     "deepspeed": {"learner/zero/engine.py", "learner/zero/module.py", "learner/wire/publisher.py"},
-    "ray": {"cluster/workers/actors.py", "cluster/workers/placement.py"},
+    "ray": {"cluster/workers/actors.py", "cluster/workers/gang.py", "cluster/workers/placement.py"},
     "matplotlib": {"cluster/compare/figures.py"},
 }
 DEVICE_WORDS = re.compile(r"\b(cuda|cpu|nccl|gloo)\b")

@@ -75,3 +75,20 @@ def test_which_errors_mean_that_a_worker_is_gone() -> None:
     assert is_death(RayTaskError("generate", "a trace", EngineDead("gone")))
     assert not is_death(RayTaskError("generate", "a trace", ValueError("bad prompt")))
     assert not is_death(TimeoutError())
+
+
+class Hosted:
+    """A rank whose node calls itself by an address."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    async def host(self) -> tuple[str, int]:
+        return self._address, 1
+
+
+async def test_a_node_that_calls_itself_loopback_is_refused_where_there_are_others() -> None:
+    ranks: list[Any] = [Hosted("127.0.0.1"), Hosted("10.0.0.2")]
+    made = LearnerGroup(lambda number: ranks[number], 2, "secret", 30)
+    with pytest.raises(LearnerGroupError, match=r"rank 0's node calls itself 127\.0\.0\.1, .* --node-ip-address"):
+        await made.start(one_node=False)
