@@ -31,6 +31,7 @@ from configs.hub import split_revision
 from configs.schema import ModelConfig, RolloutConfig
 from rollout.communicator import NCCL_BACKEND
 from rollout.engine.guard import mark_host, remove_folder
+from rollout.engine.log import EngineLog
 from rollout.errors import EngineDead, RolloutError
 from rollout.ports import free_port
 from rollout.seeds import sample_seed
@@ -78,13 +79,15 @@ class Engine:
             stops = [] if template_of(tokenizer) is None else stop_ids(tokenizer, chat_settings(model))
             arguments = _arguments(model, rollout, device, longest_sequence, transport)
             arguments.tokenizer = _tokenizer_for(tokenizer, folder)
-            llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)  # blocks; the actor stays responsive
+            with EngineLog(folder).taken():  # in a thread, for it blocks: the actor stays responsive
+                llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
             if not same_tokens(tokenizer, llm.get_tokenizer()):
                 llm.shutdown()
                 raise ValueError("vLLM reads the tokenizer otherwise than the driver")
         except (ValueError, RuntimeError, OSError, AssertionError) as error:
+            why = EngineLog(folder).cause() or _one_line(error)
             remove_folder(folder)
-            raise RolloutError(f"the engine for '{model.path}' did not start: {_one_line(error)}") from error
+            raise RolloutError(f"the engine for '{model.path}' did not start: {why}") from error
         engine = cls(llm, transport, folder, AnswerText(tokenizer), list(stops))
         await engine.watched(llm.update_weight_version(str(NO_VERSION)))
         return engine
@@ -201,7 +204,7 @@ class Engine:
             return await together
         except (EngineDeadError, EngineGenerateError) as error:
             if self._llm.errored:
-                raise EngineDead("vLLM's engine process has ended") from error
+                raise EngineDead(self._ended()) from error
             raise RolloutError(f"vLLM failed: {_one_line(error.__cause__ or error)}") from error
         finally:
             for task in tasks:
@@ -234,8 +237,12 @@ class Engine:
         # vLLM does not fail calls that wait for a core which was killed, so they would wait for ever
         while not self._llm.errored:  # noqa: ASYNC110 - vLLM offers a flag, not an event
             await asyncio.sleep(POLL_S)
-        self._die("vLLM's engine process has ended")
+        self._die(self._ended())
         remove_folder(self._folder)
+
+    def _ended(self) -> str:
+        cause = EngineLog(self._folder).cause()
+        return f"vLLM's engine process has ended{f': {cause}' if cause else ''}"
 
     def _die(self, reason: str) -> None:
         if not self._death.done():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -389,6 +390,19 @@ async def test_a_killed_engine_is_noticed_by_those_who_wait(tiny_model: Path, tm
     assert await gone(pids)
     assert await emptied(temporary), files_in(temporary)
     await worker.close()
+
+
+async def test_an_engine_that_cannot_start_says_why(tiny_model: Path, temporary: Path) -> None:
+    """vLLM itself: "Engine core initialization failed. See root cause above." """
+    worker = RolloutWorker(ModelConfig(path=str(tiny_model)), RolloutConfig(kv_cache_gib=1e-5), "cpu", 512)
+    with pytest.raises(RolloutError) as caught:
+        await worker.start()
+    said = str(caught.value)
+    assert len(said.splitlines()) == 1
+    assert re.search(r"did not start: ValueError: .*KV cache.*; its whole log is /", said), said
+    kept = Path(said.rpartition(" ")[2])
+    assert kept.parent == temporary
+    assert "Traceback" in kept.read_text()
 
 
 HOST = """
