@@ -114,6 +114,11 @@ class Rollouts:
         return self._transport == "shared_memory"
 
     async def _spawn(self, number: int) -> RemoteRollout:
+        if self._current is not None and not self._loads_alone:
+            raise RunError(
+                f"rollout worker {number} died, and learner.transport '{self._transport}' cannot take a new one"
+                " into its group; go on with `grao resume`"
+            )
         worker = self._cluster.rollout(number, self._model)
         limit = self._settings.start_timeout_s
         try:
@@ -125,11 +130,6 @@ class Rollouts:
                 f"rollout worker {number} did not start within rollout.start_timeout_s ({limit:g} s)"
             ) from error
         if self._current is not None:
-            if not self._loads_alone:
-                raise RunError(
-                    f"rollout worker {number} died, and learner.transport '{self._transport}' cannot take a new one"
-                    " into its group; go on with `grao resume`"
-                )
             try:
                 await within(self._load_limit, self._bring_up(worker, self._current))
             except BaseException:

@@ -402,7 +402,7 @@ async def test_an_engine_that_cannot_start_says_why(tiny_model: Path, temporary:
     assert re.search(r"did not start: ValueError: .*KV cache.*; its whole log is /", said), said
     kept = Path(said.rpartition(" ")[2])
     assert kept.parent == temporary
-    assert "Traceback" in kept.read_text()
+    assert "Traceback" in await asyncio.to_thread(kept.read_text)
 
 
 HOST = """

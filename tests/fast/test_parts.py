@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayTaskError
 
-from cluster.run.parts import Rewards, Rollouts
+from cluster.run.parts import Rewards, Rollouts, RunError
 from cluster.workers.fleet import FleetError
 from configs.load import parse
 from configs.schema import Config
@@ -68,8 +68,10 @@ class Workers:
         return {}
 
 
-def config(**rollout: float) -> Config:
+def config(transport: str = "shared_memory", **rollout: float) -> Config:
     tree = {
+        "cluster": {"device": "cpu" if transport == "shared_memory" else "gpu"},
+        "learner": {"transport": transport},
         "model": {"path": "m"},
         "data": {"train": "x"},
         "run": {"folder": "r"},
@@ -104,6 +106,14 @@ def test_an_engine_that_takes_no_parameters_in_time_is_replaced_and_the_new_one_
     workers = Workers(Worker(0, silent=True), Worker(1), Worker(0))
     assert run(loaded(workers, 2, config(load_timeout_s=7))) == {"load": 2.0}  # once when it came up, once as asked
     assert [(worker.number, worker.ended) for worker in workers.made] == [(0, True), (1, False), (0, False)]
+
+
+def test_a_transport_that_takes_no_new_engine_ends_the_run_before_one_is_started() -> None:
+    """Which takes minutes on a GPU."""
+    workers = Workers(Worker(0, silent=True), Worker(0))
+    with pytest.raises(RunError, match="transport 'nccl' cannot take a new one into its group"):
+        run(loaded(workers, 1, config("nccl", load_timeout_s=7)))
+    assert len(workers.made) == 1
 
 
 def test_engines_that_never_take_parameters_end_the_run() -> None:
