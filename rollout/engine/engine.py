@@ -160,6 +160,7 @@ class Engine:
         started = time.perf_counter()
         await self._llm.pause_generation(mode="keep", clear_cache=False)
         paused = time.perf_counter()
+        self._loads += 1  # what arrives from here on is computed with the new parameters, and finds no older keys
         try:
             await self._llm.start_weight_update()
             if self._transport == "ipc":
@@ -175,7 +176,6 @@ class Engine:
         finally:
             self._open.clear()
             self._sent.clear()
-        self._loads += 1
         loaded = time.perf_counter()
         await self._llm.resume_generation()
         return {"pause": paused - started, "load": loaded - paused, "resume": time.perf_counter() - loaded}

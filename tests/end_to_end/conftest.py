@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from tests import tiny
 from tests.end_to_end.harness import grao, learning, write_config, write_rows
 
-TOGETHER = ("test_learner", "test_zero_families", "test_rollout", "test_values", "test_judge")
+TOGETHER = ("test_learner", "test_zero_families", "test_rollout", "test_values", "test_judge", "test_placement")
 """Files whose tests share an engine, ranks or a server."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of tests that run at once (pytest-xdist): those that share something run in one process, one after the other."""
     for item in items:

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import ray
@@ -33,17 +34,26 @@ class Seen(LearnerRank):
         return os.environ.get("CUDA_VISIBLE_DEVICES"), self.host()[0], ray.get_runtime_context().get_node_id()
 
 
-@pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
+@pytest.fixture(scope="module")
+def head() -> Iterator[Nodes]:
     """A head without GPUs, on a cluster whose image tells Ray to leave CUDA_VISIBLE_DEVICES alone."""
-    monkeypatch.setenv(NOSET, "1")
-    made = Nodes(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0, "include_dashboard": False})
-    ray.init(address=made.address, log_to_driver=False, logging_level=logging.ERROR)
+    with patch.dict(os.environ, {NOSET: "1"}):
+        made = Nodes(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0, "include_dashboard": False})
+        yield made
+        ray.shutdown()
+        made.shutdown()
+
+
+@pytest.fixture
+def nodes(head: Nodes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
+    """The same head for every test, to which each adds nodes of its own."""
     monkeypatch.setattr(gang, "READY_S", 3.0)
     monkeypatch.setattr(gang, "PAUSE_S", 0.5)
-    yield made
+    ray.init(address=head.address, log_to_driver=False, logging_level=logging.ERROR)
+    yield head
     ray.shutdown()
-    made.shutdown()
+    for node in list(head.worker_nodes):
+        head.remove_node(node)
 
 
 def gpus(nodes: Nodes, *counts: int) -> list[Any]:

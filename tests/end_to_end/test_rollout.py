@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -289,6 +290,28 @@ async def test_samples_in_flight_go_on_and_say_which_versions_made_them(live: Li
         assert abs(expected - sample.logprobs[0]) < TOLERANCE
     later = await live.worker.generate(prompt, sampling())
     assert live.gap(later, 0.7) < TOLERANCE  # nothing of the mixed keys and values is used again
+
+
+async def test_what_arrives_during_a_pause_is_computed_with_the_new_parameters(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it: the keys and values of the prompt lie in the cache as the old parameters made them."""
+    await live.update()
+    await live.worker.generate(live.prompt(), sampling())
+    engine: Any = live.worker._engine
+    begin = engine._llm.start_weight_update
+    arrived = []
+
+    async def begin_later() -> None:
+        arrived.append(asyncio.create_task(live.worker.generate(live.prompt(), sampling(seed=9))))
+        await asyncio.sleep(0.3)
+        await begin()
+
+    monkeypatch.setattr(engine._llm, "start_weight_update", begin_later)
+    await live.update()
+    [group] = [await each for each in arrived]
+    assert {sample.first_version for sample in group.samples} == {live.version}
+    assert live.gap(group, 0.7) < TOLERANCE
 
 
 async def test_damaged_parameters_leave_the_old_version_live(live: Live) -> None:
