@@ -28,10 +28,10 @@ test-fast: install  ## tests without an engine, under 2.5 minutes; JOBS=N tests 
 	@$(BIN)/python -m pytest tests/fast -q -n $(JOBS) --dist worksteal
 
 test-end-to-end: install  ## real Ray, vLLM and DeepSpeed on tiny models
-	@$(BIN)/python -m pytest tests/end_to_end -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder -m "not long"
+	@$(BIN)/python -m pytest tests/end_to_end -q -n $(JOBS) --no-loadscope-reorder -m "not long"
 
 test-long: install  ## further whole runs and benchmarks, 10 minutes
-	@$(BIN)/python -m pytest tests/end_to_end -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder -m long
+	@$(BIN)/python -m pytest tests/end_to_end -q -n $(JOBS) --no-loadscope-reorder -m long
 
 test-gpu: install  ## what runs on GPUs only; needs one, and DEVICE=gpu
 	@$(BIN)/python -m pytest tests/gpu -q

@@ -59,7 +59,7 @@ class EngineLog:
         telling = [error for error in errors if not any(effect in error for effect in _EFFECTS)]
         if not telling:
             return None
-        return f"{' '.join(telling[-1].split())[:400]}; its whole log is {self._keep()}"
+        return f"{' '.join(telling[-1].split())[:400].rstrip('.')}; its whole log is {self._keep()}"
 
     def _keep(self) -> str:
         """Beside the engine's folder, which goes with the engine."""

@@ -7,21 +7,31 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests import tiny
 from tests.end_to_end.harness import grao, learning, write_config, write_rows
 
-TOGETHER = ("test_learner", "test_zero_families", "test_rollout", "test_values", "test_judge", "test_placement")
-"""Files whose tests share an engine, ranks or a server."""
+TOGETHER = {
+    **{name: name for name in ("test_judge", "test_learner", "test_placement", "test_rollout", "test_values")},
+    "test_zero_families": "test_zero_families",
+    **dict.fromkeys(("test_run", "test_evaluate"), "learned"),
+}
+"""Files whose tests share an engine, ranks, a server or a run, by what they share."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of tests that run at once (pytest-xdist): those that share something run in one process, one after the other."""
-    for item in items:
-        name = "learned" if "learned" in getattr(item, "fixturenames", ()) else item.path.stem
-        if name in ("learned", *TOGETHER):
-            item.add_marker(pytest.mark.xdist_group(name))
+class SharingScheduling(LoadScopeScheduling):
+    """Of tests that run at once: those that share something in one process, all others wherever there is room."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return TOGETHER.get(Path(nodeid.partition("::")[0]).stem, nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> SharingScheduling:
+    """In place of pytest-xdist's own groups, which it loses under pytest 9.2."""
+    return SharingScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
