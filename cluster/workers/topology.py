@@ -110,15 +110,18 @@ def arrange(plan: Plan, nodes: Sequence[Node], placement: Placement, as_if_empty
 
     'pack' uses few nodes, 'spread' many. `as_if_empty`: as if nobody had reserved anything.
     """
-    for ranks_first in (True, False):  # engines with several GPUs may need the choice
-        rooms = _Rooms(nodes, placement, as_if_empty)
-        try:
-            engines, ranks = _fleets(plan, rooms, ranks_first)
-            scorers = tuple(rooms.place_each(each.each.wants, each.reward.workers) for each in plan.scorers)
-        except _NoRoom:
-            continue
-        return Places(engines=engines, ranks=ranks, scorers=scorers)
-    return None
+    orders = (True, False)  # engines with several GPUs may need the choice
+    found = (_arranged(plan, _Rooms(nodes, placement, as_if_empty), ranks_first) for ranks_first in orders)
+    return next((places for places in found if places is not None), None)
+
+
+def _arranged(plan: Plan, rooms: _Rooms, ranks_first: bool) -> Places | None:
+    try:
+        engines, ranks = _fleets(plan, rooms, ranks_first)
+        scorers = tuple(rooms.place_each(each.each.wants, each.reward.workers) for each in plan.scorers)
+    except _NoRoom:
+        return None
+    return Places(engines=engines, ranks=ranks, scorers=scorers)
 
 
 def _fleets(plan: Plan, rooms: _Rooms, ranks_first: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:

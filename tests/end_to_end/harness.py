@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -13,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import yaml
 
+from cluster.main import main
 from reward.interface import RewardCall
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,6 +121,17 @@ def grao(*arguments: str | Path, timeout: float = 420) -> subprocess.CompletedPr
         text=True,
         timeout=timeout,
     )
+
+
+def refused(*arguments: str | Path) -> str:
+    """The one line with which the command line refuses something before it starts any process, in this one."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, arguments)])
+    assert ended.value.code == 1, said.getvalue()
+    [line] = said.getvalue().strip().splitlines()
+    return line
 
 
 class Running:

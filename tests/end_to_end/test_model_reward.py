@@ -22,8 +22,8 @@ from tests.end_to_end.harness import (
     Running,
     config,
     family,
-    grao,
     lines,
+    refused,
     write_config,
     write_rows,
 )
@@ -128,8 +128,5 @@ def test_an_unfit_reward_model_is_refused_in_one_line_before_any_worker_starts(
 ) -> None:
     rewards = [{"kind": "model", "path": str(tiny_model)}]
     tree = config(tiny_model, tmp_path / "run", write_rows(tmp_path / "rows.jsonl"), reward={"rewards": rewards})
-    file = write_config(tmp_path / "c.yaml", tree)
-    done = grao("train", file)
-    assert done.returncode == 1
-    assert f"reward.rewards[0].path '{tiny_model}' is a LlamaForCausalLM" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    said = refused("train", write_config(tmp_path / "c.yaml", tree))
+    assert f"reward.rewards[0].path '{tiny_model}' is a LlamaForCausalLM" in said

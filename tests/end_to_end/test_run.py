@@ -18,6 +18,7 @@ from tests.end_to_end.harness import (
     learning,
     lines,
     living,
+    refused,
     wait_until,
     write_config,
 )
@@ -146,24 +147,29 @@ def test_a_signal_ends_everything_that_the_run_started(learned: tuple[Path, str]
     assert "Traceback" not in running.output
 
 
+def test_more_workers_than_the_cluster_holds_are_refused_in_one_line(
+    tiny_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    file = write_config(tmp_path / "c.yaml", config(tiny_model, tmp_path / "run", rows))
+    done = grao("train", file, "rollout.workers=99")
+    assert done.returncode == 1
+    assert "rollout.workers 99 x 0.5" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not lines(tmp_path / "run" / "steps.jsonl")
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("rollout.workers=99", "rollout.workers 99 x 0.5"),
-        pytest.param(
-            "model.path=/no/such/folder", "model.path '/no/such/folder' holds no config.json", marks=pytest.mark.long
-        ),
+        ("model.path=/no/such/folder", "model.path '/no/such/folder' holds no config.json"),
         ("data.train=/no/such/file.jsonl", "data.train"),
-        pytest.param("learner.stepz=3", "did you mean 'learner.steps'", marks=pytest.mark.long),
-        pytest.param("data.max_prompt_tokens=5000", "learner.tokens_per_micro_batch", marks=pytest.mark.long),
+        ("learner.stepz=3", "did you mean 'learner.steps'"),
+        ("data.max_prompt_tokens=5000", "learner.tokens_per_micro_batch"),
     ],
 )
 def test_an_impossible_run_is_refused_in_one_line_before_any_worker_starts(
     override: str, expected: str, tiny_model: Path, rows: Path, tmp_path: Path
 ) -> None:
     file = write_config(tmp_path / "c.yaml", config(tiny_model, tmp_path / "run", rows))
-    done = grao("train", file, override)
-    assert done.returncode == 1
-    assert expected in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert not lines(tmp_path / "run" / "steps.jsonl")
+    assert expected in refused("train", file, override)
+    assert not (tmp_path / "run").exists()

@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from configs.schema import DataConfig
@@ -391,6 +391,7 @@ one_row = likely_good | st.fixed_dictionaries({}, optional=fields) | json_values
 rows_of_any_kind = st.lists(one_row, min_size=1, max_size=6)
 
 
+@settings(max_examples=60)
 @given(rows=rows_of_any_kind, held=st.booleans(), needs=st.booleans())
 @example(rows=[{"\r": None}], held=False, needs=True)
 @example(rows=[{"question": "?", "answer": "!", "id": "a\u2028b"}] * 2, held=False, needs=True)
