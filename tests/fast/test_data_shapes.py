@@ -251,9 +251,9 @@ CSV = 'question,answer\r\n"q\n,""é",1\r\n\r\nr,2\r\n'
         ("c.json", json.dumps(QA, indent=1).encode()),
         ("d.json", json.dumps({"data": QA}, indent=1).encode()),
         ("e.jsonl", json.dumps(QA, indent=1).encode()),
-        ("f.json.gz", gzip.compress(json.dumps(QA).encode())),
+        ("f.json.gz", gzip.compress(json.dumps(QA).encode(), mtime=0)),
         ("g.csv", CSV.encode()),
-        ("h.csv.gz", gzip.compress(b"\xef\xbb\xbf" + CSV.encode())),
+        ("h.csv.gz", gzip.compress(b"\xef\xbb\xbf" + CSV.encode(), mtime=0)),
         ("i.tsv", CSV.replace("question,", "question\t").replace('",1', '"\t1').replace("r,2", "r\t2").encode()),
     ],
 )
