@@ -125,13 +125,21 @@ def grao(*arguments: str | Path, timeout: float = 420) -> subprocess.CompletedPr
 
 def refused(*arguments: str | Path) -> str:
     """The one line with which the command line refuses something before it starts any process, in this one."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
         with pytest.raises(SystemExit) as ended:
             main([*map(str, arguments)])
-    assert ended.value.code == 1, said.getvalue()
-    [line] = said.getvalue().strip().splitlines()
+    assert ended.value.code == 1, printed.getvalue()
+    [line] = printed.getvalue().strip().splitlines()
     return line
+
+
+def said(*arguments: str | Path) -> str:
+    """What the command line says, in this process: for what starts no other."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        main([*map(str, arguments)])
+    return printed.getvalue()
 
 
 class Running:

@@ -53,6 +53,7 @@ def test_the_head_beside_its_products(tmp_path: Path) -> None:
     assert 0 < 4 * ours < plain
 
 
+@pytest.mark.long
 def test_the_memory_of_a_single_sequence(tmp_path: Path) -> None:
     made = bench("memory", tmp_path / "m.json", "--model", "tiny", "--long", "512")
     [row] = made["rows"]

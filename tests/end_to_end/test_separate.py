@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from configs.objectives import DpoObjective, GraoObjective
 from tests import tiny
 from tests.end_to_end.harness import config, grao, lines, write_config, write_rows
@@ -27,6 +29,7 @@ def test_a_hybrid_models_gradients_are_the_references(tmp_path: Path) -> None:
     ranks.close()
 
 
+@pytest.mark.long
 def test_a_run_says_that_sequences_are_computed_by_themselves(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     tree = config(

@@ -18,6 +18,7 @@ from tests.end_to_end.harness import (
     lines,
     living,
     refused,
+    said,
     wait_until,
     write_config,
     write_rows,
@@ -47,9 +48,9 @@ def test_stages_run_one_after_the_other_and_go_on_where_they_were_stopped(tiny_m
     folder = tmp_path / "run"
     sft, grpo = folder / "1-sft", folder / "2-grpo"
     file = write_config(tmp_path / "c.yaml", staged_config(tiny_model, folder, write_rows(tmp_path / "rows.jsonl")))
-    checked = grao("check", file)
-    assert "# ok: stage 1-sft, 32 training and 8 held-out prompts" in checked.stdout, checked.stderr
-    assert "# ok: stage 2-grpo, 32 training and 8 held-out prompts" in checked.stdout
+    checked = said("check", file)
+    assert "# ok: stage 1-sft, 32 training and 8 held-out prompts" in checked
+    assert "# ok: stage 2-grpo, 32 training and 8 held-out prompts" in checked
     with Running(tmp_path / "log", "train", file) as running:
         running.until((grpo / "checkpoints" / "step-000002").is_dir, 400, "a checkpoint of the second stage")
         everybody = family(running.pid)
@@ -69,10 +70,8 @@ def test_stages_run_one_after_the_other_and_go_on_where_they_were_stopped(tiny_m
     assert (sft / "config.yaml").stat().st_mtime_ns == written
     check_second_stage(sft, grpo, last)
 
-    again = grao("resume", folder)
-    assert again.returncode == 1
-    assert f"are done; take the last one further with `grao resume {grpo} learner.steps={2 * last}`" in again.stderr
-    assert len(again.stderr.strip().splitlines()) == 1
+    again = refused("resume", folder)
+    assert f"are done; take the last one further with `grao resume {grpo} learner.steps={2 * last}`" in again
 
 
 def check_first_stage(folder: Path) -> None:
