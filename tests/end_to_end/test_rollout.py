@@ -303,7 +303,8 @@ async def test_what_arrives_during_a_pause_is_computed_with_the_new_parameters(
     arrived = []
 
     async def begin_later() -> None:
-        arrived.append(asyncio.create_task(live.worker.generate(live.prompt(), sampling(seed=9))))
+        one = sampling(samples=1, seed=9)  # no request goes before it to compute the prompt
+        arrived.append(asyncio.create_task(live.worker.generate(live.prompt(), one)))
         await asyncio.sleep(0.3)
         await begin()
 
