@@ -30,7 +30,7 @@ test-fast: install  ## tests without an engine, under 2.5 minutes; JOBS=N tests 
 test-end-to-end: install  ## real Ray, vLLM and DeepSpeed on tiny models
 	@$(BIN)/python -m pytest tests/end_to_end -q -n $(JOBS) --no-loadscope-reorder -m "not long"
 
-test-long: install  ## further whole runs and benchmarks, 10 minutes
+test-long: install  ## further whole runs and benchmarks
 	@$(BIN)/python -m pytest tests/end_to_end -q -n $(JOBS) --no-loadscope-reorder -m long
 
 test-gpu: install  ## what runs on GPUs only; needs one, and DEVICE=gpu

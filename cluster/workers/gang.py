@@ -15,7 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from cluster.workers.plan import Bundle, Plan, check
-from cluster.workers.topology import Node, Places, arrange, in_words, refuse_what_never_fits
+from cluster.workers.topology import SHOWN, Node, Places, arrange, in_words, refuse_what_never_fits
 from configs.schema import ClusterConfig
 
 NODE = "ray.io/node-id"  # the label that Ray gives to every node
@@ -92,17 +92,13 @@ class Gang:
 
     async def _take(self, places: Places) -> bool:
         """Whether all of a plan could be reserved where it was arranged; otherwise nothing is."""
-        engine = self._plan.shared or self._plan.rollout
         ranks = () if self._plan.shared else places.ranks
-        scorers = [
-            (each.each, node) for each, nodes in zip(self._plan.scorers, places.scorers, strict=True) for node in nodes
-        ]
-        wanted = [*((self._plan.rank, node) for node in ranks), *((engine, node) for node in places.engines), *scorers]
-        group = self._group([bundle for bundle, _ in wanted], [node for _, node in wanted])
+        at = [*ranks, *places.engines, *itertools.chain(*places.scorers)]
+        group = self._group(self._bundles(), at)
         if not await _ready(group, READY_S):
             remove_placement_group(self._groups.pop())
             return False
-        seats = iter([(group, index) for index in range(len(wanted))])
+        seats = iter([(group, index) for index in range(len(at))])
         self.ranks = list(itertools.islice(seats, len(ranks)))
         self._engines = list(itertools.islice(seats, len(places.engines)))
         self.scorers = [list(itertools.islice(seats, each.reward.workers)) for each in self._plan.scorers]
@@ -113,16 +109,19 @@ class Gang:
 
     async def _ask(self, does_not_fit: bool) -> None:
         """Pause. While there is no room, Ray sees what is wanted: that is what makes an autoscaler bring nodes."""
-        plan = self._plan
-        engine = [plan.shared or plan.rollout] * plan.rollout_workers
-        ranks = [] if plan.shared else [plan.rank] * plan.ranks
-        scorers = [each.each for each in plan.scorers for _ in range(each.reward.workers)]
         asked = self._config.grows and does_not_fit
         if asked:
-            self._group([*ranks, *engine, *scorers], None)
+            self._group(self._bundles(), None)
         await asyncio.sleep(PAUSE_S * (1 + random.random()))
         if asked:
             remove_placement_group(self._groups.pop())
+
+    def _bundles(self) -> list[Bundle]:
+        """Of the ranks, where they have their own, of the engines, of the scoring actors."""
+        plan = self._plan
+        ranks = [] if plan.shared else [plan.rank] * plan.ranks
+        engines = [plan.shared or plan.rollout] * plan.rollout_workers
+        return [*ranks, *engines, *(each.each for each in plan.scorers for _ in range(each.reward.workers))]
 
     def _group(self, bundles: Sequence[Bundle], nodes: Sequence[str] | None) -> PlacementGroup:
         """A group, kept so that it is released. `nodes`: of each bundle."""
@@ -137,6 +136,7 @@ class Gang:
 
 def living_nodes() -> list[Node]:
     """In the order in which they joined, as far as Ray tells."""
+    # Ray's public interface knows what is free in the whole cluster only
     free = ray._private.state.available_resources_per_node()
     return [
         Node(
@@ -156,4 +156,4 @@ async def _ready(group: PlacementGroup, seconds: float) -> bool:
 
 def _free(nodes: Sequence[Node]) -> str:
     kinds = [Bundle(cpus=node.free.get("CPU", 0.0), gpus=node.free.get("GPU", 0.0)) for node in nodes]
-    return "; ".join(f"{bundle} on {node.address}" for bundle, node in list(zip(kinds, nodes, strict=True))[:8])
+    return "; ".join(f"{bundle} on {node.address}" for bundle, node in list(zip(kinds, nodes, strict=True))[:SHOWN])

@@ -154,7 +154,7 @@ def refuse_what_never_fits(plan: Plan, nodes: Sequence[Node], placement: Placeme
 
 
 def _sizes(nodes: Sequence[Node]) -> str:
-    """`2 nodes of 24 CPUs and 6 GPUs, 1 of 8 CPUs`."""
+    """`2 of 24 CPUs, 6 GPUs, 1 of 8 CPUs`."""
     kinds: dict[str, int] = {}
     for node in nodes:
         size = str(Bundle(cpus=node.total.get("CPU", 0.0), gpus=node.total.get("GPU", 0.0)))

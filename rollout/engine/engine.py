@@ -52,12 +52,14 @@ END_TIMEOUT_S = 10.0
 class Engine:
     """Made by `start`. Every method raises EngineDead once the engine is gone."""
 
-    def __init__(self, llm: AsyncLLM, transport: Transport, folder: str, text: AnswerText, stops: list[int]) -> None:
+    def __init__(
+        self, llm: AsyncLLM, transport: Transport, folder: str, log: EngineLog, text: AnswerText, stops: list[int]
+    ) -> None:
         """`folder` has the sockets of vLLM's processes and goes with them; samples end at the tokens `stops`."""
         self._llm = llm
         self._text, self._stops = text, stops
         self._transport = transport
-        self._folder = folder
+        self._folder, self._log = folder, log
         self._open, self._sent = asyncio.Event(), asyncio.Event()  # of an update by 'ipc'
         cache = llm.vllm_config.cache_config
         self._block = cache.block_size
@@ -74,21 +76,22 @@ class Engine:
         """Start vLLM's processes, about half a minute for any small model. Raises RolloutError."""
         _set_environment(rollout, device, transport)
         folder = mark_host()
+        log = EngineLog(folder)
         try:
             tokenizer = load_tokenizer(model.path, model.trust_remote_code)
             stops = [] if template_of(tokenizer) is None else stop_ids(tokenizer, chat_settings(model))
             arguments = _arguments(model, rollout, device, longest_sequence, transport)
             arguments.tokenizer = _tokenizer_for(tokenizer, folder)
-            with EngineLog(folder).taken():  # in a thread, for it blocks: the actor stays responsive
+            with log.taken():  # in a thread, for it blocks: the actor stays responsive
                 llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
             if not same_tokens(tokenizer, llm.get_tokenizer()):
                 llm.shutdown()
                 raise ValueError("vLLM reads the tokenizer otherwise than the driver")
         except (ValueError, RuntimeError, OSError, AssertionError) as error:
-            why = EngineLog(folder).cause() or _one_line(error)
+            why = log.behind(_one_line(error))
             remove_folder(folder)
             raise RolloutError(f"the engine for '{model.path}' did not start: {why}") from error
-        engine = cls(llm, transport, folder, AnswerText(tokenizer), list(stops))
+        engine = cls(llm, transport, folder, log, AnswerText(tokenizer), list(stops))
         await engine.watched(llm.update_weight_version(str(NO_VERSION)))
         return engine
 
@@ -241,7 +244,7 @@ class Engine:
         remove_folder(self._folder)
 
     def _ended(self) -> str:
-        cause = EngineLog(self._folder).cause()
+        cause = self._log.cause()
         return f"vLLM's engine process has ended{f': {cause}' if cause else ''}"
 
     def _die(self, reason: str) -> None:

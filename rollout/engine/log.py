@@ -13,12 +13,10 @@ from collections.abc import Iterator
 NAME = "log"
 TAIL = 1 << 18
 """Bytes at the end of a log in which the cause is looked for."""
-_ERROR = re.compile(r"(?:^|\s)((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b(?::.*|$))")
+_ERROR = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b(?::.*|$)")
 _EFFECTS = ("Engine core initialization failed", "EngineDeadError", "EngineCore encountered", "SystemExit")
 """Errors that only say that there was another one."""
-_MARK = re.compile(
-    r"^(?:\x1b\[[\d;]*m)*(?:\([^)]*\)|\x1b\[[\d;]*m|\s|(?:ERROR|CRITICAL|WARNING|INFO) [\d:. -]+\[[^\]]*\])*"
-)
+_MARK = re.compile(r"^(?:\([^)]*\)|\x1b\[[\d;]*m|\s|(?:ERROR|CRITICAL|WARNING|INFO) [\d:. -]+\[[^\]]*\])*")
 """What vLLM writes before a line: the process, the level, the time, the place in its code."""
 
 
@@ -27,6 +25,7 @@ class EngineLog:
 
     def __init__(self, folder: str) -> None:
         self._path = os.path.join(folder, NAME)
+        self._cause: str | None = None
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
@@ -47,16 +46,27 @@ class EngineLog:
                 os.close(own)
             os.close(log)
 
+    def behind(self, error: str) -> str:
+        """What stands behind an error that only says that there was another one; any other speaks for itself."""
+        return (self.cause() if _is_effect(error) else None) or error
+
     def cause(self) -> str | None:
-        """The last error that says more than that there was one, and where the whole log is kept; None without one."""
+        """The last error that says more than that there was one, and where the whole log is kept; None without one.
+
+        The same to all who ask, also when the engine's folder is gone: each of its calls fails for the same reason.
+        """
+        self._cause = self._cause or self._find()
+        return self._cause
+
+    def _find(self) -> str | None:
         try:
             with open(self._path, "rb") as file:
                 file.seek(max(0, os.path.getsize(self._path) - TAIL))
                 lines = [_MARK.sub("", line) for line in file.read().decode(errors="replace").splitlines()]
         except OSError:
             return None
-        errors = [found[1] for line in lines if (found := _ERROR.match(line))]
-        telling = [error for error in errors if not any(effect in error for effect in _EFFECTS)]
+        errors = [found.group() for line in lines if (found := _ERROR.match(line))]
+        telling = [error for error in errors if not _is_effect(error)]
         if not telling:
             return None
         return f"{' '.join(telling[-1].split())[:400].rstrip('.')}; its whole log is {self._keep()}"
@@ -67,3 +77,7 @@ class EngineLog:
         os.close(handle)
         shutil.copyfile(self._path, kept)
         return kept
+
+
+def _is_effect(error: str) -> bool:
+    return any(effect in error for effect in _EFFECTS)

@@ -38,6 +38,19 @@ def test_the_cause_is_the_last_error_that_says_something(log: EngineLog, tmp_pat
     said, kept = cause.split("; its whole log is ")
     assert said == "torch.OutOfMemoryError: CUDA out of memory. Tried 2.00 GiB"
     assert Path(kept).read_text() == FAILED
+    (tmp_path / "engine" / "log").unlink()
+    assert log.cause() == cause  # to every call that fails with the engine, and the log is kept once
+    assert [place.name for place in tmp_path.glob("engine-failed-*")] == [Path(kept).name]
+
+
+def test_an_error_that_speaks_for_itself_is_not_replaced(log: EngineLog, tmp_path: Path) -> None:
+    """Libraries write errors that they have dealt with."""
+    (tmp_path / "engine" / "log").write_text(FAILED)
+    assert (
+        log.behind("ValueError: vLLM reads the tokenizer otherwise") == "ValueError: vLLM reads the tokenizer otherwise"
+    )
+    behind = log.behind("RuntimeError: Engine core initialization failed. See root cause above.")
+    assert behind.startswith("torch.OutOfMemoryError: CUDA out of memory")
 
 
 @pytest.mark.parametrize(
